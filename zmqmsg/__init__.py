@@ -1,0 +1,1 @@
+"""A minimal command-line REQ/REP messenger on ZeroMQ."""
