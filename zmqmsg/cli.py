@@ -4,6 +4,7 @@ import math
 import re
 import sys
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,7 +16,7 @@ from zmqmsg import console
 # needs alone.
 if TYPE_CHECKING:
     from zmqmsg.curve import Keys
-    from zmqmsg.sockets import Context, Socket
+    from zmqmsg.sockets import Context
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 
@@ -134,37 +135,27 @@ def cli() -> None:
     """
 
 
-_key_file = click.Path(dir_okay=False, path_type=Path)
+_TO_BIND, _TO_CONNECT = Endpoint(bind=True), Endpoint(bind=False)
+_KEY_FILE = click.Path(dir_okay=False, path_type=Path)
+_INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
 _max_size = click.option("--max-size", type=Size(), default="64M", help="Refuse larger messages.")
-_key = click.option("--key", type=_key_file, help="This end's CURVE secret key file, created if missing.")
+_key = click.option("--key", type=_KEY_FILE, help="This end's CURVE secret key file, created if missing.")
 
 
 @cli.command()
 @click.option(
-    "-b",
-    "--bind",
-    multiple=True,
-    type=Endpoint(bind=True),
-    help=f"Bind here; repeatable.  [default: {DEFAULT_ENDPOINT}]",
+    "-b", "--bind", type=_TO_BIND, multiple=True, help=f"Bind here; repeatable.  [default: {DEFAULT_ENDPOINT}]"
 )
-@click.option(
-    "-c",
-    "--connect",
-    multiple=True,
-    type=Endpoint(bind=False),
-    help="Connect to a queue (ROUTER/DEALER) as one of its workers; repeatable.",
-)
+@click.option("-c", "--connect", type=_TO_CONNECT, multiple=True, help="Work for the queue (DEALER) here; repeatable.")
 @click.option("-n", "--count", type=click.IntRange(min=1), metavar="N", help="Stop after N requests.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print the requests.")
 @click.option("-0", "--null", is_flag=True, help="End what is printed with NUL, not newline.")
 @_max_size
 @_key
 @click.option(
-    "--client-keys",
-    type=click.Path(path_type=Path),
-    help="For --bind: public key file, or folder of them, of the clients let in.",
+    "--client-keys", type=click.Path(path_type=Path), help="For --bind: file or folder of public keys to let in."
 )
-@click.option("--server-key", type=_key_file, help="For --connect: the queue's CURVE public key file.")
+@click.option("--server-key", type=_KEY_FILE, help="For --connect: the queue's CURVE public key file.")
 def serve(
     bind: tuple[str, ...],
     connect: tuple[str, ...],
@@ -198,21 +189,15 @@ def serve(
     keys = _load_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
     output = console.Output(b"\0" if null else b"\n")
 
-    def open_worker() -> "Socket":
-        socket = open_socket(context, zmq.REP, max_size=max_size, linger=FLUSH_LIMIT)
-        if keys:
-            keys.secure_client(socket)
-        return socket
-
     with ExitStack() as stack:
         context = zmq.Context()
         stack.callback(context.term)
-        listener = stack.enter_context(open_socket(context, zmq.REP, max_size=max_size, linger=FLUSH_LIMIT))
+        open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=FLUSH_LIMIT)
+        listener = stack.enter_context(open_rep())
         if keys and bind:
             keys.secure_server(listener)
-        workers = [Connection(endpoint, open_worker, console.tell) for endpoint in connect]
-        for worker in workers:
-            stack.callback(worker.close)
+        open_worker = partial(open_rep, secure=keys.secure_client if keys else None)
+        workers = [stack.enter_context(closing(Connection(place, open_worker, console.tell))) for place in connect]
         echo = Echo([listener] if bind else [], workers)
         stack.enter_context(echo.stopped_by_signals())
         for endpoint in bind:
@@ -228,29 +213,20 @@ def serve(
 
 @cli.command()
 @click.option(
-    "-c",
-    "--connect",
-    multiple=True,
-    type=Endpoint(bind=False),
-    default=[DEFAULT_ENDPOINT],
-    help="Connect here; repeatable.",
+    "-c", "--connect", type=_TO_CONNECT, multiple=True, default=[DEFAULT_ENDPOINT], help="Connect here; repeatable."
 )
 @click.option("-t", "--timeout", type=Seconds(), help="How long one attempt waits.  [default: for ever]")
 @click.option(
-    "-r", "--retries", type=click.IntRange(min=0), default=3, metavar="N", help="More attempts after a lost reply."
+    "-r", "--retries", type=click.IntRange(min=0), default=3, metavar="N", help="Attempts after a lost reply."
 )
 @click.option(
-    "-f",
-    "--file",
-    multiple=True,
-    type=click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True),
-    help="A whole file as one message, - for standard input; repeatable.",
+    "-f", "--file", type=_INPUT_FILE, multiple=True, help="Send a whole file, - is standard input; repeatable."
 )
-@click.option("-m", "--multipart", is_flag=True, help="All messages as the frames of one request.")
-@click.option("-0", "--null", is_flag=True, help="NUL, not newline, ends a message on standard input and output.")
+@click.option("-m", "--multipart", is_flag=True, help="Send all messages as the frames of one request.")
+@click.option("-0", "--null", is_flag=True, help="End messages with NUL, not newline, on standard input and output.")
 @_max_size
 @_key
-@click.option("--server-key", type=_key_file, help="The server's CURVE public key file.")
+@click.option("--server-key", type=_KEY_FILE, help="The server's CURVE public key file.")
 @click.argument("message", nargs=-1)
 def send(
     connect: tuple[str, ...],
@@ -289,16 +265,11 @@ def send(
     # Never terminated: that would wait for a name resolution under way on libzmq's I/O thread.
     context: Context = zmq.Context.instance()
 
-    def open_request() -> "Socket":
-        socket = open_socket(context, zmq.REQ, max_size=max_size)
-        if keys:
-            keys.secure_client(socket)
-        return socket
-
     with ExitStack() as stack:
-        connections = [Connection(endpoint, open_request, console.tell) for endpoint in connect]
-        for connection in connections:
-            stack.callback(connection.close)
+        open_req = partial(
+            open_socket, context, zmq.REQ, max_size=max_size, secure=keys.secure_client if keys else None
+        )
+        connections = [stack.enter_context(closing(Connection(place, open_req, console.tell))) for place in connect]
         requester = Requester(
             connections, console.tell, timeout=timeout or math.inf, retries=retries, output=output.descriptor
         )

@@ -62,11 +62,18 @@ def is_local(endpoint: str) -> bool:
     return endpoint.startswith(("tcp://127.", "tcp://[::1]", "ipc://"))
 
 
-def open_socket(context: Context, socket_type: int, *, max_size: int = -1, linger: int = 0) -> Socket:
+def open_socket(
+    context: Context,
+    socket_type: int,
+    *,
+    max_size: int = -1,
+    linger: int = 0,
+    secure: Callable[[Socket], None] | None = None,
+) -> Socket:
     """Open a socket with the options that both ends share.
 
-    ``max_size``: bytes of the largest frame that a peer may send (-1: any). ``linger``: milliseconds that what
-    is still to be sent has after closing.
+    ``max_size``: bytes of the largest frame that a peer may send (-1: any). ``linger``: milliseconds that what is still
+    to be sent has after closing. ``secure`` sets the CURVE options.
     """
     socket = context.socket(socket_type)
     socket.linger = linger
@@ -82,6 +89,8 @@ def open_socket(context: Context, socket_type: int, *, max_size: int = -1, linge
     socket.tcp_maxrt = 30_000
     # Half-open connections must not keep honest clients out.
     socket.backlog = 1024
+    if secure:
+        secure(socket)
     return socket
 
 
