@@ -3,6 +3,7 @@
 import math
 import re
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,8 @@ from zmqmsg import console
 # needs alone.
 if TYPE_CHECKING:
     from zmqmsg.curve import Keys
-    from zmqmsg.sockets import Context
+    from zmqmsg.monitor import Connection
+    from zmqmsg.sockets import Context, Socket
 
 DEFAULT_ENDPOINT = "tcp://127.0.0.1:5555"
 
@@ -181,7 +183,6 @@ def serve(
     """
     import zmq
 
-    from zmqmsg.monitor import Connection
     from zmqmsg.reply import FLUSH_LIMIT, Echo
     from zmqmsg.sockets import bound, is_local, open_socket
 
@@ -190,14 +191,13 @@ def serve(
     output = console.Output(b"\0" if null else b"\n")
 
     with ExitStack() as stack:
-        context = zmq.Context()
+        context = zmq.Context(1 + len(connect))
         stack.callback(context.term)
         open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=FLUSH_LIMIT)
         listener = stack.enter_context(open_rep())
         if keys and bind:
             keys.secure_server(listener)
-        open_worker = partial(open_rep, secure=keys.secure_client if keys else None)
-        workers = [stack.enter_context(closing(Connection(place, open_worker, console.tell))) for place in connect]
+        workers = _open_connections(stack, connect, keys, open_rep)
         echo = Echo([listener] if bind else [], workers)
         stack.enter_context(echo.stopped_by_signals())
         for endpoint in bind:
@@ -255,21 +255,18 @@ def send(
     """
     import zmq
 
-    from zmqmsg.monitor import Connection
     from zmqmsg.request import Requester
     from zmqmsg.sockets import open_socket
 
     keys = _load_keys(key, None, server_key, binds=False, connects=True)
     end = b"\0" if null else b"\n"
     output = console.Output(end)
-    # Never terminated: that would wait for a name resolution under way on libzmq's I/O thread.
-    context: Context = zmq.Context.instance()
+    # Never terminated: that would wait for an I/O thread that resolves a name.
+    context: Context = zmq.Context.instance(1 + len(connect))
 
     with ExitStack() as stack:
-        open_req = partial(
-            open_socket, context, zmq.REQ, max_size=max_size, secure=keys.secure_client if keys else None
-        )
-        connections = [stack.enter_context(closing(Connection(place, open_req, console.tell))) for place in connect]
+        open_req = partial(open_socket, context, zmq.REQ, max_size=max_size)
+        connections = _open_connections(stack, connect, keys, open_req)
         requester = Requester(
             connections, console.tell, timeout=timeout or math.inf, retries=retries, output=output.descriptor
         )
@@ -301,3 +298,21 @@ def _load_keys(
         return Keys.load(key, clients, server, console.tell)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
+
+
+def _open_connections(
+    stack: ExitStack, endpoints: tuple[str, ...], keys: "Keys | None", open_socket: "Callable[..., Socket]"
+) -> "list[Connection]":
+    """Connect a socket to each of ``endpoints``, to be closed with ``stack``.
+
+    Each is served by its own thread of libzmq, since one that resolves a name, for seconds maybe, does nothing else.
+    """
+    from zmqmsg.monitor import Connection
+
+    secure = keys.secure_client if keys else None
+    return [
+        stack.enter_context(
+            closing(Connection(endpoint, partial(open_socket, thread=thread, secure=secure), console.tell))
+        )
+        for thread, endpoint in enumerate(endpoints, 1)
+    ]

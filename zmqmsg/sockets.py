@@ -68,15 +68,18 @@ def open_socket(
     *,
     max_size: int = -1,
     linger: int = 0,
+    thread: int = 0,
     secure: Callable[[Socket], None] | None = None,
 ) -> Socket:
     """Open a socket with the options that both ends share.
 
-    ``max_size``: bytes of the largest frame that a peer may send (-1: any). ``linger``: milliseconds that what is still
-    to be sent has after closing. ``secure`` sets the CURVE options.
+    ``max_size``: bytes of the largest frame that a peer may send (-1: any). ``linger``: milliseconds that what is
+    still to be sent has after closing. ``thread``: the number of the context's I/O thread that serves the socket.
+    ``secure`` sets its CURVE options.
     """
     socket = context.socket(socket_type)
     socket.linger = linger
+    socket.affinity = 1 << thread % 64
     socket.maxmsgsize = max_size
     socket.handshake_ivl = int(HANDSHAKE_LIMIT * 1000)
     socket.reconnect_ivl_max = 1000
