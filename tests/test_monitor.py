@@ -227,12 +227,11 @@ def test_events_that_nobody_reads_do_not_stop_the_socket(context: Context) -> No
         opened.reconnect_ivl_max = 1
         return opened
 
-    connection = Watched(context, endpoint, hasty).connection
-    # Three events a try, and 2000 are the default limit: without a cure, this socket is stuck by then.
-    pause = threading.Event()
-    pause.wait(2.5)
+    watched = Watched(context, endpoint, hasty)
+    watched.connection.socket.send(b"hello")
+    # Three events a try, and 2000 are the default limit: without the cure, the socket is stuck by then.
+    threading.Event().wait(3)
     successor = context.socket(zmq.REP)
     bind(successor, endpoint)
-    pause.wait(0.5)
-    connection.update()
-    assert connection.ready
+    assert successor.poll(LIMIT * 1000)
+    watched.until(lambda c: c.ready)
