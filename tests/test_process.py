@@ -135,7 +135,7 @@ def test_an_address_in_use_is_a_failure_in_plain_words(serve: Serve, start: Star
     _server, endpoint = serve()
     status, output, notices = start("serve", "--bind", endpoint).finish()
     assert (status, output) == (1, b"")
-    assert notices == [f"zmqmsg: cannot bind {endpoint}: the address is in use; stop its server or take another"]
+    assert notices == [f"zmqmsg: cannot bind {endpoint}: address in use; stop its server, or take another"]
 
 
 class TestOtherImplementations:

@@ -51,7 +51,7 @@ class Size(click.ParamType[int]):
     def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
         match = re.fullmatch("([0-9]{1,10})([KMG]?)", value.upper())
         size = int(match[1]) << 10 * " KMG".index(match[2] or " ") if match else 0
-        if size < HANDSHAKE_SIZE:
+        if not HANDSHAKE_SIZE <= size < 1 << 63:
             self.fail(f"'{value}' is not a size of {HANDSHAKE_SIZE} or more, such as 65536, 64M or 1G", param, ctx)
         return size
 
@@ -89,7 +89,7 @@ class Messenger(click.Group):
         except click.Abort:
             status = 130
         except Exception as error:
-            console.tell(str(error) or type(error).__name__, "red")
+            console.tell(getattr(error, "strerror", None) or str(error) or type(error).__name__, "red")
             status = 1
         sys.exit(status)
 
@@ -198,7 +198,7 @@ def serve(
         if keys and bind:
             keys.secure_server(listener)
         workers = _open_connections(stack, connect, keys, open_rep)
-        echo = Echo([listener] if bind else [], workers)
+        echo = Echo(listener if bind else None, workers)
         stack.enter_context(echo.stopped_by_signals())
         for endpoint in bind:
             real = stack.enter_context(bound(listener, endpoint))
@@ -207,7 +207,12 @@ def serve(
                 console.tell(
                     f"warning: anyone who can reach {real} can use it; close it by --key and --client-keys", "yellow"
                 )
-        echo.run((lambda frames: None) if quiet else (lambda frames: output.write([f.buffer for f in frames])), count)
+        echo.run(
+            (lambda frames: None)
+            if quiet
+            else (lambda frames: output.write([f.bytes if len(f) < console.CHUNK else f.buffer for f in frames])),
+            count,
+        )
         console.tell(f"{echo.served} request{'s' * (echo.served != 1)} served")
 
 
@@ -270,14 +275,14 @@ def send(
         requester = Requester(
             connections, console.tell, timeout=timeout or math.inf, retries=retries, output=output.descriptor
         )
-        messages = console.read_messages(message, file, end, output.descriptor)
+        messages = console.read_messages(message, file, end, output.descriptor, requester.update)
         if multipart:
             frames = list(messages)
             if not frames:
                 raise click.UsageError("--multipart needs at least one message")
             output.write(requester.ask(frames))
             return
-        for text in stack.enter_context(closing(console.show_progress(messages, file))):
+        for text in stack.enter_context(closing(console.show_progress(messages, message, file))):
             output.write(requester.ask([text]))
 
 

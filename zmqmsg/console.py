@@ -4,9 +4,10 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from errno import EBADF
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,11 +37,13 @@ _bar_shown = False
 def tell(text: str, colour: str = "cyan") -> None:
     """Write one notice line to standard error, with whatever it quotes escaped."""
     # What is not UTF-8 in an argument stands in a str as surrogates.
-    visible = os.fsencode(text).decode(errors="backslashreplace").translate(_IN_NOTICE)
-    line = (CLEAR_BAR if _bar_shown else "") + click.style("zmqmsg: ", fg=colour) + visible
+    visible = text.encode(errors="surrogateescape").decode(errors="backslashreplace").translate(_IN_NOTICE)
     # That a notice cannot be written is no reason to fail.
     with suppress(OSError):
-        click.echo(line, err=True, color=False if os.environ.get("NO_COLOR") else None)
+        if _bar_shown:
+            click.echo(CLEAR_BAR, nl=False, err=True)
+        prefix = "zmqmsg: " if os.environ.get("NO_COLOR") else click.style("zmqmsg: ", fg=colour)
+        click.echo(prefix + visible, err=True)
 
 
 class Output:
@@ -58,12 +61,11 @@ class Output:
         if self._terminal:
             frames = [bytes(f).decode(errors="backslashreplace").translate(_IN_MESSAGE).encode() for f in frames]
         try:
-            if sum(map(len, frames)) < CHUNK:
-                self._write(self._end.join([*frames, b""]))
+            if len(frames) == 1 and len(frames[0]) >= CHUNK:
+                self._write(frames[0])
+                self._write(self._end)
             else:
-                for frame in frames:
-                    self._write(frame)
-                    self._write(self._end)
+                self._write(self._end.join([*frames, b""]))
         except BrokenPipeError:
             raise
         except OSError as error:
@@ -81,22 +83,22 @@ class Output:
                 rest = rest[written:]
 
 
-def read_messages(arguments: Sequence[str], files: Sequence[str], end: bytes, output: int | None) -> Iterator[bytes]:
+def read_messages(
+    arguments: Sequence[str], files: Sequence[str], end: bytes, output: int | None, idle: Callable[[], None]
+) -> Iterator[bytes]:
     """Yield ``arguments``, then the contents of ``files`` (``-``: standard input), as messages.
 
-    With neither, yield those of standard input, each as soon as its ``end`` has come. Waiting for it raises
-    BrokenPipeError when the reader of the file descriptor ``output`` goes away; what cannot be read, ClickException.
+    With neither, yield those of standard input, each as soon as its ``end`` has come. Waiting for it calls ``idle``
+    each second, and raises BrokenPipeError when the reader of the file descriptor ``output`` goes away. What cannot be
+    read raises ClickException.
     """
     yield from map(os.fsencode, arguments)
     for file in files:
-        try:
-            yield b"".join(_read_standard_input(output)) if file == "-" else Path(file).read_bytes()
-        except OSError as error:
-            raise click.ClickException(f"cannot read {file}: {error.strerror}") from error
+        yield b"".join(_read_standard_input(output, idle)) if file == "-" else _read(file, Path(file).read_bytes)
     if not arguments and not files:
         if _is_terminal(sys.stdin):
             tell("reading messages, one a line; Ctrl-D ends")
-        yield from _split(_read_standard_input(output), end)
+        yield from _split(_read_standard_input(output, idle), end)
 
 
 def _split(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
@@ -112,7 +114,7 @@ def _split(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
-def _read_standard_input(output: int | None) -> Iterator[bytes]:
+def _read_standard_input(output: int | None, idle: Callable[[], None]) -> Iterator[bytes]:
     stream = _raw(sys.stdin)
     if stream is None:
         raise click.ClickException(f"cannot read standard input: {os.strerror(EBADF)}")
@@ -126,23 +128,33 @@ def _read_standard_input(output: int | None) -> Iterator[bytes]:
         ready = dict(poller.poll(1000)) if descriptor is not None else {}
         if output in ready:
             raise BrokenPipeError
-        chunk = stream.read(CHUNK) if descriptor is None or descriptor in ready else None
+        if descriptor is not None and descriptor not in ready:
+            idle()
+            continue
+        chunk = _read("standard input", partial(stream.read, CHUNK))
         if chunk:
             yield chunk
         elif chunk is not None:  # None: a non-blocking descriptor has no more for now
             return
 
 
-def show_progress(messages: Iterator[bytes], files: Sequence[str]) -> Generator[bytes]:
+def _read(name: str, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except OSError as error:
+        raise click.ClickException(f"cannot read {name}: {error.strerror}") from error
+
+
+def show_progress(messages: Iterator[bytes], arguments: Sequence[str], files: Sequence[str]) -> Generator[bytes]:
     """Yield ``messages``, with click's progress bar where a person waits for long input to be sent.
 
-    That is a long file redirected to standard input, or many ``files``, with standard error a terminal and standard
-    output none. Close the generator to clear the bar.
+    That is a long file redirected to standard input, or many ``files``, and no ``arguments``, with standard error a
+    terminal and standard output none. Close the generator to clear the bar.
     """
     global _bar_shown
     length = len(files) or _redirected_bytes()
     long = length >= (MANY_FILES if files else LONG_INPUT)
-    if not long or not _is_terminal(sys.stderr) or _is_terminal(sys.stdout):
+    if arguments or not long or not _is_terminal(sys.stderr) or _is_terminal(sys.stdout):
         yield from messages
         return
     bar = click.progressbar(length=length, file=sys.stderr, update_min_steps=max(1, length // 200))

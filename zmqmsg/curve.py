@@ -5,6 +5,7 @@ import struct
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
+from shlex import quote
 from threading import Thread
 from typing import NamedTuple
 
@@ -40,8 +41,12 @@ class Keys(NamedTuple):
         if not secret:
             raise ValueError(f"{own} holds no secret key; give the file that does")
         if own.stat().st_mode & OTHERS:
-            raise ValueError(f"others may read the secret in {own}; mend it with: chmod 600 {own}")
+            raise ValueError(f"others may read the secret in {own}; mend it with: chmod 600 {quote(str(own))}")
         return cls(public, secret, _load_clients(clients), _load_public(server) if server else b"")
+
+    def __repr__(self) -> str:
+        """Return nothing of the secret, wherever it may be printed."""
+        return f"Keys({self.public!r})"
 
     def secure_server(self, socket: Socket) -> None:
         """Make ``socket`` a CURVE server for what it binds from now on, and let in ``clients`` alone."""
@@ -67,7 +72,7 @@ def public_path(own: Path) -> Path:
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
         public, secret = load_certificate(path)
-        for key in filter(None, (public, secret)):
+        for key in (public, secret or public):
             if len(z85.decode(key)) != 32:
                 raise ValueError
     except OSError as error:
@@ -107,8 +112,13 @@ def _create(own: Path) -> None:
 
 def _write(path: Path, text: str, mode: int) -> None:
     try:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w") as file:
-            file.write(text)
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            with open(descriptor, "w") as file:
+                file.write(text)
+        except OSError:
+            path.unlink()
+            raise
     except OSError as error:
         raise ValueError(f"cannot create key file {path}: {error.strerror}") from error
 

@@ -71,6 +71,8 @@ class Connection:
 
     def close(self) -> None:
         """Close the socket; what lies in it unsent is taken back."""
+        # First, or libzmq's I/O thread waits for ever to send an event of the closing to a monitor that is gone.
+        self.socket.disable_monitor()
         self.socket.close()
         self.monitor.close()
 
@@ -109,8 +111,8 @@ class Connection:
         if self._state is State.HANDSHAKING and silence >= patience:
             self._enter(State.READY)
         elif self._state is State.BROKEN_OFF and silence >= SETTLING:
-            wanted = "REP or ROUTER" if self.socket.type == zmq.REQ else "REQ or DEALER"
-            raise Failure(f"{self.endpoint} is not a {wanted} socket: it has another type, or is no ZeroMQ at all")
+            wanted = "REP socket (nor ROUTER)" if self.socket.type == zmq.REQ else "DEALER socket (nor REQ)"
+            raise Failure(f"{self.endpoint} is not a {wanted}: another type, or no ZeroMQ at all")
         elif self._state is State.ABANDONED and silence >= PATIENCE:
             self.reopen()
 
@@ -164,7 +166,7 @@ class Connection:
                 self._enter(State.ABANDONED)
                 self.trouble = self._handshake_trouble()
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                raise Failure(f"refused by {self.endpoint}: the server does not know this key")
+                raise Failure(f"{self.endpoint} refused: the server does not know this key")
             case zmq.EVENT_DISCONNECTED:
                 self._resolved = True
                 if self._state is State.READY:

@@ -1,6 +1,7 @@
 """The REQ side: Lazy Pirate (ZeroMQ Guide, chapter 4), with one REQ socket for each endpoint."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
@@ -9,29 +10,26 @@ from typing import Any
 import zmq
 
 from zmqmsg.monitor import PATIENCE, SETTLING, Connection
-from zmqmsg.sockets import Failure, Socket
+from zmqmsg.sockets import Failure, Socket, receive_frames, send_frames
 
-SPINS = 50
-"""Looks for a reply before going to sleep, which costs more than a fast reply takes."""
+SPINS = 50 if len(os.sched_getaffinity(0)) > 1 else 0
+"""Looks for a reply before going to sleep, which costs more than a fast reply takes; none on a single core."""
+
+FRESH = 0.05
+"""Seconds after a reply in which its connection is not looked at again: libzmq takes twice as long to connect again, so
+that a loss in that time cannot be one that the next request did not suffer."""
 
 QUOTED = 40
 """Bytes of an unanswered request that an error quotes."""
 
 
 class Unanswered(Exception):
-    """An attempt has failed: why, and a hint for the user. Another may succeed."""
+    """An attempt has failed; another may succeed. ``sent``: whether the request may have reached a server."""
 
-    def __init__(self, reason: str, hint: str) -> None:
-        super().__init__(reason)
+    def __init__(self, why: str, hint: str, *, sent: bool = True) -> None:
+        super().__init__(why)
         self.hint = hint
-
-
-class NoPeer(Unanswered):
-    """No server was there in time, so that the request was not sent."""
-
-
-class Unsent(Exception):
-    """The connection failed before the request left this machine."""
+        self.sent = sent
 
 
 class Requester:
@@ -65,6 +63,12 @@ class Requester:
         self._retries = retries
         self._output = output
         self._settled = len(self._connections) == 1
+        self._answered = -math.inf
+
+    def update(self) -> None:
+        """Keep up with the connections, while there is nothing to ask. Raises Failure if one is hopeless."""
+        for connection in self._connections:
+            connection.update()
 
     def ask(self, frames: Sequence[bytes]) -> list[bytes]:
         """Send ``frames`` as one request and return the frames of its reply.
@@ -76,7 +80,7 @@ class Requester:
             try:
                 return self._attempt(frames, time.monotonic() + self._timeout)
             except Unanswered as failure:
-                sent += not isinstance(failure, NoPeer)
+                sent += failure.sent
                 if not sent:
                     raise Failure(f"{failure}: {failure.hint}") from None
                 if attempt > self._retries:
@@ -88,33 +92,38 @@ class Requester:
     def _attempt(self, frames: Sequence[bytes], deadline: float) -> list[bytes]:
         while True:
             connection = self._find_peer(deadline)
+            reply: list[zmq.Frame] = []
             try:
-                connection.socket.send_multipart(frames, zmq.NOBLOCK, copy=False)
-                return self._wait_for_reply(connection, deadline)
-            # Again: libzmq has just given the connection up, and sending would block for ever.
-            except (Unsent, zmq.Again):
-                connection.reopen()
-            except Unanswered:
-                connection.reopen()
-                raise
+                send_frames(connection.socket, frames)
+                reply = self._wait_for_reply(connection, deadline)
+            except zmq.Again:
+                pass  # libzmq has just given the connection up, and sending would block for ever
+            finally:
+                if not reply:
+                    connection.reopen()
+            if reply:
+                self._answered = time.monotonic()
+                return [frame.bytes for frame in reply]
 
     def _find_peer(self, deadline: float) -> Connection:
         """Return the connection whose turn it is among those that have a peer; wait until one has."""
-        started = time.monotonic()
+        started = now = time.monotonic()
+        if len(self._connections) == 1 and now - self._answered < FRESH and self._connections[0].ready:
+            return self._connections[0]
         while True:
-            for connection in self._connections:
-                connection.update()
-            now = time.monotonic()
+            self.update()
             if peer := self._next_peer(now - started):
                 peer.report()
                 return peer
             for connection in self._connections:
                 connection.report()
             if now >= deadline:
-                troubles = "; ".join(f"{connection.endpoint}: {connection.trouble}" for connection in self._connections)
-                raise NoPeer(f"no server within {self._timeout:g} s", troubles)
+                endpoints = ", ".join(connection.endpoint for connection in self._connections)
+                troubles = "; ".join(connection.trouble for connection in self._connections)
+                raise Unanswered(f"no server at {endpoints} within {self._timeout:g} s", troubles, sent=False)
             pause = min(connection.pause for connection in self._connections)
             self._poll([connection.monitor for connection in self._connections], min(pause, deadline - now))
+            now = time.monotonic()
 
     def _next_peer(self, waited: float) -> Connection | None:
         # At first let every server that is there be found, so that the first requests go round as well.
@@ -130,10 +139,11 @@ class Requester:
         self._connections.append(peer)
         return peer
 
-    def _wait_for_reply(self, connection: Connection, deadline: float) -> list[bytes]:
-        socket, losses = connection.socket, connection.losses
+    def _wait_for_reply(self, connection: Connection, deadline: float) -> list[zmq.Frame]:
+        """Return the frames of the reply; none if the handshake fails, so that the request is still here."""
+        socket, endpoint, losses = connection.socket, connection.endpoint, connection.losses
         for _ in range(SPINS):
-            if reply := _receive(socket):
+            if reply := receive_frames(socket):
                 return reply
         started = now = time.monotonic()
         told = False
@@ -141,19 +151,17 @@ class Requester:
             self._poll([socket, connection.monitor], min(PATIENCE, deadline - now))
             connection.update()
             # Only now: a reply that came before the connection broke lies in the socket.
-            if reply := _receive(socket):
+            if reply := receive_frames(socket):
                 return reply
             if connection.losses > losses:
-                raise Unanswered(f"connection to {connection.endpoint} lost", self._suspicion(connection))
+                raise Unanswered(f"connection to {endpoint} lost", self._suspicion(connection))
             if not connection.ready:
-                raise Unsent
+                return []
             now = time.monotonic()
             if now >= deadline:
-                raise Unanswered(
-                    f"no reply from {connection.endpoint} within {self._timeout:g} s", "is the server slow or frozen?"
-                )
+                raise Unanswered(f"no reply within {self._timeout:g} s from {endpoint}", "is it slow, or frozen?")
             if now - started >= PATIENCE and not told:
-                self._tell(f"waiting for the reply of {connection.endpoint}")
+                self._tell(f"waiting for the reply of {endpoint}")
                 told = True
 
     def _suspicion(self, connection: Connection) -> str:
@@ -173,17 +181,6 @@ class Requester:
             items.append((self._output, zmq.POLLERR))
         if any(item == self._output for item, _event in zmq.zmq_poll(items, math.ceil(max(seconds, 0) * 1000))):
             raise BrokenPipeError
-
-
-def _receive(socket: Socket) -> list[bytes]:
-    """Return the frames of the reply, none if there is no reply yet."""
-    try:
-        frames = [socket.recv(zmq.NOBLOCK)]
-    except zmq.Again:
-        return []
-    while socket.rcvmore:
-        frames.append(socket.recv())
-    return frames
 
 
 def _quote(frames: Sequence[bytes]) -> str:
