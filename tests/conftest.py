@@ -159,7 +159,7 @@ def echoing(context: Context, endpoint: str, count: int) -> Iterator[tuple[str, 
     """Echo ``count`` requests in a thread; the context gets the real endpoint and the requests taken so far."""
     taken: list[list[bytes]] = []
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        echo = Echo([socket])
+        echo = Echo(socket)
         thread = threading.Thread(
             target=echo.run, args=(lambda frames: taken.append([frame.bytes for frame in frames]), count)
         )

@@ -1,5 +1,6 @@
 """What the monitor of a connecting socket says, in our terms: waiting, connected, lost, refused, and why."""
 
+import errno
 import struct
 import time
 from collections.abc import Callable
@@ -136,6 +137,11 @@ class Connection:
         self._state = state
 
     def _hear(self, event: int, value: int) -> None:
+        """Go on to the state that ``event`` tells of.
+
+        The value of FAILED_NO_DETAIL is an errno: EAGAIN if nothing came until the time for the handshake was up. With
+        another it also comes when a ready peer of ZMTP 2 is lost, which is left to DISCONNECTED, the next event.
+        """
         match event:
             case zmq.EVENT_CONNECT_DELAYED:
                 self._resolved = True
@@ -148,18 +154,19 @@ class Connection:
                 self._resolved = False
                 self._enter(State.CONNECTING)
             case zmq.EVENT_CONNECTED:
-                self._connected = time.monotonic()
                 self._enter(State.HANDSHAKING)
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._failures = 0
                 self.greeted = True
                 self._enter(State.READY)
-            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value == errno.EAGAIN:
                 self._failures += 1
                 self._enter(State.CONNECTING)
-                if time.monotonic() - self._connected > HANDSHAKE_LIMIT - SETTLING:
-                    self.trouble = "it does not answer as ZeroMQ; check the endpoint"
-                elif self._failures > 2:  # fewer in a row are an ordinary restart
+                self.trouble = "it does not answer as ZeroMQ; check the endpoint"
+            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not self.ready:
+                self._failures += 1
+                self._enter(State.CONNECTING)
+                if self._failures > 2:  # fewer in a row are an ordinary restart
                     self.trouble = self._handshake_trouble()
             case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 self._failures += 1

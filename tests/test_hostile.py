@@ -1,0 +1,533 @@
+import random
+import resource
+import signal
+import socket
+import struct
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from subprocess import DEVNULL
+
+import pytest
+import zmq
+
+from zmqmsg.curve import Keys
+from zmqmsg.sockets import HANDSHAKE_LIMIT, Context
+
+from conftest import LIMIT, Process, bind, descriptors
+
+Serve = Callable[..., tuple[Process, str]]
+Start = Callable[..., Process]
+
+MEMORY = 8 << 10
+"""KiB that a server may have grown by when a flood is over."""
+
+DESCRIPTORS = 3
+"""File descriptors that a server may have more when a flood is over."""
+
+HUGE = struct.pack(">Q", 1 << 62)
+
+soak = pytest.mark.soak
+
+
+# ZMTP (rfc.zeromq.org/spec/23, 15 and 13) by hand
+
+
+def greeting(mechanism: bytes = b"NULL", version: bytes = b"\x03\x00", as_server: bytes = b"\x00") -> bytes:
+    return b"\xff" + bytes(8) + b"\x7f" + version + mechanism.ljust(20, b"\0") + as_server + bytes(31)
+
+
+def command(name: bytes, body: bytes = b"") -> bytes:
+    content = bytes([len(name)]) + name + body
+    return b"\x04" + bytes([len(content)]) + content
+
+
+def ready(socket_type: bytes) -> bytes:
+    return command(b"READY", b"\x0bSocket-Type" + struct.pack(">I", len(socket_type)) + socket_type)
+
+
+def frame(body: bytes, *, more: bool = False) -> bytes:
+    if len(body) < 256:
+        return bytes([more, len(body)]) + body
+    return bytes([2 + more]) + struct.pack(">Q", len(body)) + body
+
+
+def request(*frames: bytes) -> bytes:
+    """A whole request of ``frames``, after the empty delimiter."""
+    return frame(b"", more=True) + b"".join(frame(body, more=body is not frames[-1]) for body in frames)
+
+
+HELLO = greeting() + ready(b"DEALER")
+
+# What one connection says, by a generator of random numbers.
+Say = Callable[[random.Random], bytes]
+
+RUBBISH: dict[str, Say] = {
+    "random bytes": lambda r: r.randbytes(r.randrange(1, 2000)),
+    "random bytes that begin like ZeroMQ": lambda r: b"\xff" + bytes(8) + b"\x7f" + r.randbytes(r.randrange(1, 2000)),
+    "nothing": lambda r: b"",
+    "HTTP": lambda r: b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n",
+    "TLS": lambda r: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + r.randbytes(500),
+    "greeting cut off": lambda r: greeting()[: r.randrange(1, 64)],
+    "greeting of an unknown mechanism": lambda r: greeting(b"MAGIC") + r.randbytes(100),
+    "greeting of a version to come": lambda r: greeting(version=r.randbytes(2)) + ready(b"REQ") + request(b"x"),
+    "greeting that claims to be the server": lambda r: greeting(as_server=b"\x01") + ready(b"REQ") + request(b"x"),
+    "CURVE hello cut off": lambda r: greeting(b"CURVE") + command(b"HELLO", r.randbytes(194))[: r.randrange(1, 200)],
+    "CURVE hello of rubbish": lambda r: greeting(b"CURVE") + command(b"HELLO", b"\x01\x00" + r.randbytes(192)),
+    "PLAIN hello": lambda r: greeting(b"PLAIN") + command(b"HELLO", b"\x05admin\x05admin"),
+    "command cut off": lambda r: HELLO[: r.randrange(64, len(HELLO))],
+    "command whose length is a lie": lambda r: greeting() + b"\x04" + r.randbytes(1) + r.randbytes(r.randrange(60)),
+    "command of 2^62 bytes": lambda r: greeting() + b"\x06" + HUGE + b"\x05READY",
+    "property of 4 GiB": lambda r: greeting() + command(b"READY", b"\x0bSocket-Type\xff\xff\xff\xffREQ"),
+    "unknown command": lambda r: HELLO + command(b"DANCE", r.randbytes(40)) + request(b"x"),
+    "error command": lambda r: greeting() + command(b"ERROR", b"\xff" + r.randbytes(20)),
+    "wrong socket type": lambda r: greeting() + ready(r.choice([b"PUB", b"PAIR", b"REP", b"X" * 200])) + request(b"x"),
+    "ping": lambda r: HELLO + command(b"PING", b"\xff\xff" + r.randbytes(r.randrange(16))) * 20,
+    "frame of 2^62 bytes": lambda r: HELLO + b"\x02" + HUGE + r.randbytes(1000),
+    "frame just below the limit": lambda r: HELLO + b"\x02" + struct.pack(">Q", 64 << 20) + r.randbytes(1000),
+    "reserved flags": lambda r: HELLO + bytes([r.randrange(8, 256), 5]) + b"hello",
+    "no delimiter": lambda r: HELLO + frame(b"no delimiter"),
+    "no delimiter in many frames": lambda r: HELLO + frame(b"x", more=True) * 10 + frame(b"x"),
+    "delimiter alone": lambda r: HELLO + frame(b"") * 10,
+    "unfinished request": lambda r: HELLO + frame(b"", more=True) + frame(r.randbytes(1000), more=True) * 3,
+    "request cut off": lambda r: HELLO + request(r.randbytes(3000))[: -r.randrange(1, 2900)],
+    "tiny frames": lambda r: HELLO + frame(b"", more=True) + frame(b"", more=True) * 5000 + frame(b""),
+    "tiny frames without end": lambda r: HELLO + frame(b"", more=True) + frame(b"x", more=True) * 5000,
+    "requests in a row": lambda r: HELLO + request(r.randbytes(200)) * 100,
+    "2.0 cut off": lambda r: (b"\xff" + bytes(8) + b"\x7f\x01\x03\x00\x00")[: r.randrange(1, 14)],
+    "2.0 frame of 2^62 bytes": lambda r: b"\xff" + bytes(8) + b"\x7f\x01\x03\x00\x00\x03" + HUGE + r.randbytes(50),
+    "2.0 rubbish": lambda r: b"\xff" + bytes(8) + b"\x7f\x01" + r.randbytes(300),
+    "2.0 without a delimiter": lambda r: b"\xff" + bytes(8) + b"\x7f\x01\x05\x00\x00" + frame(b"x") * 5,
+    "1.0 frame of 2^62 bytes": lambda r: b"\x01\x00\xff" + HUGE + b"\x00" + r.randbytes(50),
+    "1.0 rubbish": lambda r: b"\x01\x00" + r.randbytes(300),
+    "1.0 frames of no length": lambda r: b"\x01\x00" + b"\x00" * 300,
+    "1.0 without a delimiter": lambda r: b"\x01\x00" + b"\x02\x00x" * 20,
+}
+
+
+# What a server has and uses
+
+
+def address(endpoint: str) -> tuple[str, int]:
+    return "127.0.0.1", int(endpoint.rpartition(":")[2])
+
+
+def memory(process: Process, what: str = "VmRSS") -> int:
+    """Return the KiB of memory that the process has."""
+    status = Path(f"/proc/{process.popen.pid}/status").read_text()
+    return int(status.partition(f"{what}:")[2].split()[0])
+
+
+def ticks(process: Process) -> int:
+    """Return the processor time that the process has used, in ticks (of 10 ms)."""
+    fields = Path(f"/proc/{process.popen.pid}/stat").read_text().rpartition(")")[2].split()
+    return int(fields[11]) + int(fields[12])
+
+
+def until(condition: Callable[[], bool], what: Callable[[], object], limit: float = LIMIT) -> None:
+    """Look again and again until ``condition`` holds."""
+    end = time.monotonic() + limit
+    while not condition():
+        assert time.monotonic() < end, what()
+        time.sleep(0.05)
+
+
+class Measured:
+    """A server, what it had when it was at rest, and whether it has come to rest again."""
+
+    def __init__(self, process: Process, endpoint: str) -> None:
+        """Let the server meet each kind of rubbish once first: what it needs for that, it keeps."""
+        self.process = process
+        self.descriptors = descriptors(process.popen.pid)
+        flood(endpoint, range(len(RUBBISH)))
+        self._wait_for_descriptors()
+        self.memory = memory(process)
+
+    def assert_recovered(self) -> None:
+        """Wait until memory and descriptors are back."""
+        self._wait_for_descriptors()
+        until(lambda: memory(self.process) <= self.memory + MEMORY, self.__str__)
+        assert self.process.popen.poll() is None
+
+    def assert_idle(self) -> None:
+        """Watch for 2 seconds whether the processor rests."""
+        before = ticks(self.process)
+        time.sleep(2)
+        assert ticks(self.process) - before <= 10
+
+    def _wait_for_descriptors(self) -> None:
+        until(lambda: descriptors(self.process.popen.pid) <= self.descriptors + DESCRIPTORS, self.__str__)
+
+    def __str__(self) -> str:
+        now = memory(self.process), descriptors(self.process.popen.pid)
+        return f"{now[0]} KiB, {self.memory} before; {now[1]} descriptors, {self.descriptors} before"
+
+
+# Those who attack, and those who do not
+
+
+def hears(connection: socket.socket, expected: bytes) -> bool:
+    """Read until ``expected`` has come, and return whether it has before the end."""
+    heard = b""
+    while not heard.endswith(expected):
+        if not (data := connection.recv(65536)):
+            return False
+        heard += data
+    return True
+
+
+def shake_hands(connection: socket.socket) -> bool:
+    """Finish the handshake of a DEALER with a REP socket: libzmq hangs up on whoever speaks before it is over."""
+    connection.sendall(HELLO)
+    return hears(connection, ready(b"REP"))
+
+
+def attack(endpoint: str, number: int) -> socket.socket:
+    """Connect as the attacker of this number does, say the rubbish, and return the connection."""
+    numbers = random.Random(number)
+    say = list(RUBBISH.values())[number % len(RUBBISH)]
+    connection = socket.create_connection(address(endpoint), LIMIT)
+    if number % 3 == 0:  # a third is gone with a RST
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with suppress(OSError):
+        said = say(numbers)
+        if said.startswith(HELLO):
+            shake_hands(connection)
+        connection.sendall(said.removeprefix(HELLO))
+    return connection
+
+
+def flood(endpoint: str, numbers: Sequence[int], at_once: int = 40) -> None:
+    """Let the attackers come one after the other, ``at_once`` of them connected."""
+    connections: deque[socket.socket] = deque()
+    with ExitStack() as stack:
+        for number in numbers:
+            connections.append(stack.enter_context(attack(endpoint, number)))
+            if len(connections) > at_once:
+                connections.popleft().close()
+
+
+@contextmanager
+def honest(start: Start, endpoint: str, *options: str) -> Iterator[list[str]]:
+    """Ask without a pause, one client for all requests and one for each, and get every reply.
+
+    The context gets what the clients told.
+    """
+    begun, over = threading.Event(), threading.Event()
+    told: list[str] = []
+    wrong: list[object] = []
+    patient = ["send", "-c", endpoint, "-t", "2", "-r", "10", *options]
+
+    def ask_on() -> None:
+        client = start(*patient)
+        number = 0
+        while not over.is_set() or number < 3:
+            number += 1
+            client.send_line(b"%d" % number)
+            if (reply := client.read_line()) != b"%d" % number:
+                wrong.append((number, reply))
+                break
+            begun.set()
+        status, output, notices = client.finish()
+        told.extend(notices)
+        if (status, output) != (0, b""):
+            wrong.append((status, output, notices))
+
+    def ask_anew() -> None:
+        number = 0
+        while not over.is_set() or number < 3:
+            number += 1
+            status, output, notices = start(*patient, f"{number}").finish(2 * LIMIT)
+            told.extend(notices)
+            if (status, output) != (0, b"%d\n" % number):
+                wrong.append((status, output, notices))
+                break
+
+    threads = [threading.Thread(target=ask) for ask in (ask_on, ask_anew)]
+    for thread in threads:
+        thread.start()
+    try:
+        assert begun.wait(LIMIT), wrong
+        yield told
+    finally:
+        over.set()
+        for thread in threads:
+            thread.join(2 * LIMIT)
+    assert not any(thread.is_alive() for thread in threads)
+    assert wrong == []
+
+
+def half_open(endpoint: str, count: int, stack: ExitStack) -> list[socket.socket]:
+    """Open connections that say nothing, or a part of a greeting."""
+    connections = []
+    for number in range(count):
+        connection = stack.enter_context(socket.create_connection(address(endpoint), LIMIT))
+        connection.sendall(HELLO[: number % 80])
+        connections.append(connection)
+    return connections
+
+
+def is_cut_off(connection: socket.socket) -> bool:
+    """Return whether the server closes the connection, once all that it said before is read."""
+    try:
+        while connection.recv(65536):
+            pass
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        pass
+    return True
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Options of a server and of its client that make them use keys."""
+    for name in "server", "client":
+        Keys.load(tmp_path / f"{name}.key_secret", None, None, lambda _text: None)
+    return (
+        ["--key", f"{tmp_path}/server.key_secret", "--client-keys", f"{tmp_path}/client.key"],
+        ["--key", f"{tmp_path}/client.key_secret", "--server-key", f"{tmp_path}/server.key"],
+    )
+
+
+# Against serve
+
+
+def test_what_is_said_to_attack_would_be_understood_if_it_were_right(serve: Serve) -> None:
+    _process, endpoint = serve()
+    zmtp_2 = b"\xff" + bytes(8) + b"\x7f\x01\x05\x00\x00"
+    zmtp_1 = b"\x01\x00"
+    with socket.create_connection(address(endpoint), LIMIT) as connection:
+        assert shake_hands(connection)
+        connection.sendall(request(b"one", b"two"))
+        assert hears(connection, request(b"one", b"two"))
+    for hello, echoed in (zmtp_2, request(b"one", b"two")), (zmtp_1, b"\x01\x01\x04\x00one"):
+        with socket.create_connection(address(endpoint), LIMIT) as connection:
+            connection.sendall(hello + echoed)
+            assert hears(connection, echoed)
+
+
+@pytest.mark.parametrize("connections", [100, pytest.param(5000, marks=soak)])
+@pytest.mark.parametrize("keyed", [False, True], ids=["open", "keyed"])
+def test_a_flood_of_rubbish_keeps_no_honest_client_from_its_replies_and_leaves_nothing_behind(
+    serve: Serve, start: Start, keys: tuple[list[str], list[str]], keyed: bool, connections: int
+) -> None:
+    process, endpoint = serve(*keys[0] * keyed, stdout=DEVNULL)
+    server = Measured(process, endpoint)
+    with honest(start, endpoint, *keys[1] * keyed) as told:
+        flood(endpoint, range(connections))
+    server.assert_recovered()
+    server.assert_idle()
+    print(f"{connections} connections: {server}; {sum('trying again' in line for line in told)} further attempts")
+    process.signal(signal.SIGTERM)
+    assert process.finish()[0] == 0
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(500, marks=soak)])
+def test_half_open_connections_keep_no_honest_client_out_and_are_cut_off(
+    serve: Serve, start: Start, count: int
+) -> None:
+    process, endpoint = serve(stdout=DEVNULL)
+    server = Measured(process, endpoint)
+    with ExitStack() as stack:
+        started = time.monotonic()
+        connections = half_open(endpoint, count, stack)
+        assert start("send", "-c", endpoint, "hello").finish()[1] == b"hello\n"
+        assert time.monotonic() - started < HANDSHAKE_LIMIT, "before any connection is cut off"
+        assert all(is_cut_off(connection) for connection in connections)
+        assert time.monotonic() - started < HANDSHAKE_LIMIT + LIMIT / 2
+        server.assert_recovered()
+
+
+@pytest.mark.parametrize(("requests", "size"), [(200, 10_000), pytest.param(5000, 50_000, marks=soak)])
+def test_a_client_that_never_reads_its_replies_keeps_nobody_from_theirs(
+    serve: Serve, start: Start, requests: int, size: int
+) -> None:
+    process, endpoint = serve(stdout=DEVNULL)
+    assert start("send", "-c", endpoint, "x" * size).finish()[0] == 0
+    server = Measured(process, endpoint)
+    with socket.create_connection(address(endpoint), LIMIT) as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        assert shake_hands(deaf)
+        with honest(start, endpoint):
+            for _ in range(requests):
+                deaf.sendall(request(bytes(size)))
+    server.assert_recovered()
+
+
+@pytest.mark.parametrize("connections", [60, pytest.param(400, marks=soak)])
+def test_a_server_without_descriptors_serves_again_as_soon_as_it_has_some(
+    serve: Serve, start: Start, connections: int
+) -> None:
+    most = 40
+
+    def limit_descriptors() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    process, endpoint = serve(stdout=DEVNULL, preexec_fn=limit_descriptors)
+    server = Measured(process, endpoint)
+    early = start("send", "-c", endpoint, "-t", str(LIMIT))
+    early.send_line(b"early")
+    assert early.read_line() == b"early"
+    with ExitStack() as stack:
+        half_open(endpoint, connections, stack)
+        until(lambda: descriptors(process.popen.pid) == most, lambda: descriptors(process.popen.pid))
+        early.send_line(b"still here")
+        assert early.read_line() == b"still here"
+        late = start("send", "-c", endpoint, "late")
+        late.wait_for_notice("waiting for")
+    assert late.finish()[:2] == (0, b"late\n")
+    assert early.finish()[:2] == (0, b"")
+    server.assert_recovered()
+    server.assert_idle()
+
+
+def test_a_request_that_never_ends_is_given_up_with_its_connection(serve: Serve, start: Start) -> None:
+    process, endpoint = serve(stdout=DEVNULL)
+    server = Measured(process, endpoint)
+    with socket.create_connection(address(endpoint), LIMIT) as endless:
+        assert shake_hands(endless)
+        endless.sendall(frame(b"", more=True))
+        for _ in range(300):
+            endless.sendall(frame(bytes(100_000), more=True))
+        until(lambda: memory(process) > server.memory + MEMORY, server.__str__)
+        assert start("send", "-c", endpoint, "hello").finish()[1] == b"hello\n"
+    server.assert_recovered()
+
+
+def test_a_reply_that_a_stranger_makes_the_server_drop_is_had_by_another_attempt(serve: Serve, start: Start) -> None:
+    """After a request without a delimiter, from a peer that is gone, a REP socket drops its next reply (rep.cpp)."""
+    process, endpoint = serve()
+    long = "x" * 100_000  # more than a pipe holds: the server prints it, and takes no further request
+    assert start("send", "-c", endpoint, long).finish()[0] == 0
+    with socket.create_connection(address(endpoint), LIMIT) as stranger:
+        assert shake_hands(stranger)
+        stranger.sendall(frame(b"no delimiter"))
+        stranger.shutdown(socket.SHUT_WR)
+        assert is_cut_off(stranger)
+    assert process.read_line() == long.encode()
+    status, output, _notices = start("send", "-c", endpoint, "--timeout", "1", "hello").finish()
+    assert (status, output) == (0, b"hello\n")
+
+
+# Against send
+
+
+@contextmanager
+def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
+    """Listen, let ``answer`` deal with each connection and close it; the context gets the endpoint."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _address = server.accept()
+                except OSError:
+                    return
+                with connection, suppress(OSError):
+                    connection.settimeout(LIMIT)
+                    answer(connection)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            thread.join(2 * LIMIT)
+            assert not thread.is_alive()
+
+
+def saying(rubbish: bytes) -> Callable[[socket.socket], None]:
+    """Say ``rubbish``, hear what comes, and hang up."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(rubbish)
+        connection.recv(65536)
+
+    return answer
+
+
+def replying(reply: bytes) -> Callable[[socket.socket], None]:
+    """Finish the handshake of a REP socket, wait for the request, say ``reply`` and hang up."""
+
+    def answer(connection: socket.socket) -> None:
+        connection.sendall(greeting() + ready(b"REP"))
+        if hears(connection, request(b"hello")):
+            connection.sendall(reply)
+
+    return answer
+
+
+ANSWERS = {
+    "SSH": saying(b"SSH-2.0-OpenSSH_9.6\r\n"),
+    "SMTP": saying(b"220 mail.example.org ESMTP\r\n"),
+    "HTTP": saying(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"),
+    **{f"rubbish {seed}": saying(random.Random(seed).randbytes(1000)) for seed in range(3)},
+    "ZeroMQ rubbish": saying(greeting() + random.Random(4).randbytes(1000)),
+    "PUB": saying(greeting() + ready(b"PUB") + frame(b"hello") * 10),
+    "rubbish for a reply": replying(b"\xfa" * 1000),
+    "reply without a delimiter": replying(frame(b"hello")),
+    "reply of 2^62 bytes": replying(b"\x01\x00\x02" + HUGE + bytes(1000)),
+    "reply cut off": replying(request(b"hello" * 1000)[:-1]),
+    "reply cut off in its length": replying(request(b"hello" * 1000)[:8]),
+    "reply cut off between its frames": replying(frame(b"", more=True) + frame(b"hello", more=True)),
+}
+
+
+def test_the_server_that_replies_by_hand_would_be_understood_if_it_were_right(start: Start) -> None:
+    with answering(replying(request(b"hello", b"again"))) as endpoint:
+        assert start("send", "-c", endpoint, "-r", "0", "hello").finish()[:2] == (0, b"hello\nagain\n")
+
+
+def test_a_server_that_answers_badly_is_an_error_and_prints_nothing(start: Start) -> None:
+    with ExitStack() as stack:
+        clients = {
+            what: start("send", "-c", stack.enter_context(answering(answer)), "-t", "1", "-r", "1", "hello")
+            for what, answer in ANSWERS.items()
+        }
+        ends = {what: client.finish() for what, client in clients.items()}
+    assert {what: (status, output) for what, (status, output, _notices) in ends.items()} == dict.fromkeys(
+        ANSWERS, (1, b"")
+    )
+    for what, (_status, _output, notices) in ends.items():
+        assert notices[-1].startswith("zmqmsg: "), what
+        assert any(word in notices[-1] for word in ("no reply to 'hello'", "no server at", "is not a REP")), what
+
+
+def test_a_reply_that_is_too_large_is_not_held(start: Start) -> None:
+    """A frame's length comes first: the rest of it is not even read."""
+    sent: list[int] = []
+
+    def answer(connection: socket.socket) -> None:
+        sent.append(0)
+        replying(frame(b"", more=True) + b"\x02" + struct.pack(">Q", 1 << 30))(connection)
+        for _ in range(200):
+            connection.sendall(bytes(1 << 20))
+            sent[-1] += 1 << 20
+
+    with answering(answer) as endpoint:
+        client = start("send", "-c", endpoint, "-t", str(LIMIT), "-r", "12", "hello")
+        client.wait_for_notice(r"trying again \(3 of 12\)")
+        most = memory(client, "VmHWM")
+        status, output, notices = client.finish()
+    assert (status, output) == (1, b"")
+    assert "its reply may be larger than --max-size" in notices[-1]
+    assert most < 80 << 10
+    assert max(sent) < 50 << 20
+
+
+def test_a_rep_socket_of_libzmq_that_replies_too_large_is_an_error(context: Context, start: Start) -> None:
+    server = context.socket(zmq.REP)
+    client = start("send", "-c", bind(server), "--max-size", "64K", "-t", str(LIMIT), "-r", "1", "hello")
+    for _ in range(2):
+        assert server.poll(LIMIT * 1000)
+        assert server.recv() == b"hello"
+        server.send(bytes(1 << 20))
+    status, output, notices = client.finish()
+    assert (status, output) == (1, b"")
+    assert "no reply to 'hello'" in notices[-1]
+    assert "its reply may be larger than --max-size" in notices[-1]
