@@ -241,7 +241,7 @@ def test_a_banner_whose_sender_hangs_up_at_the_request_may_be_no_zeromq(send: Se
     assert (done.returncode, done.stdout) == (1, b"")
     assert b"sent 2 times" in done.stderr
     assert b"never finished a handshake, and may be no ZeroMQ server" in done.stderr
-    assert [b"message" in request for request in requests] == [True, True]
+    assert sum(b"message" in request for request in requests) == 2
 
 
 def test_a_silent_listener_and_a_web_server_are_told_for_what_they_are(start: Start) -> None:

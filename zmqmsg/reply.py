@@ -88,7 +88,7 @@ class Echo:
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.setitimer(signal.ITIMER_REAL, STUCK)
+        signal.setitimer(signal.ITIMER_REAL, STUCK, STUCK)
         self._stopping = True
         for socket in self._bound:
             socket.rcvtimeo = 0  # of the recv that was interrupted, too: pyzmq begins it again

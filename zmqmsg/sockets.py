@@ -20,6 +20,9 @@ SEND_MORE_NOW = int(zmq.NOBLOCK | zmq.SNDMORE)
 HANDSHAKE_LIMIT = 5.0
 """Seconds that a peer has to finish its handshake before libzmq drops the connection."""
 
+BRIEF = 0.02
+"""Seconds that receiving waits at the most, unless it is told otherwise."""
+
 _TCP = re.compile(r"tcp://([\w.%-]+;)?(?P<host>\*|[\w.%-]+|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
 _REASONS = {
@@ -83,6 +86,7 @@ def open_socket(
     """
     socket = context.socket(socket_type)
     socket.linger = linger
+    socket.rcvtimeo = int(BRIEF * 1000)
     socket.affinity = 1 << thread % 64
     socket.maxmsgsize = max_size
     socket.handshake_ivl = int(HANDSHAKE_LIMIT * 1000)
