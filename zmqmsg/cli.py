@@ -207,12 +207,7 @@ def serve(
                 console.tell(
                     f"warning: anyone who can reach {real} can use it; close it by --key and --client-keys", "yellow"
                 )
-        echo.run(
-            (lambda frames: None)
-            if quiet
-            else (lambda frames: output.write([f.bytes if len(f) < console.CHUNK else f.buffer for f in frames])),
-            count,
-        )
+        echo.run((lambda _frames: None) if quiet else output.write, count)
         console.tell(f"{echo.served} request{'s' * (echo.served != 1)} served")
 
 

@@ -56,8 +56,11 @@ class Output:
         self._terminal = _is_terminal(sys.stdout)
         self.descriptor = _descriptor(self._stream)
 
-    def write(self, frames: Sequence[bytes | memoryview]) -> None:
-        """Write ``frames``. Raises BrokenPipeError if the reader is gone, ClickException if it fails otherwise."""
+    def write(self, frames: Sequence[Any]) -> None:
+        """Write ``frames``, which are bytes or have them in a buffer.
+
+        Raises BrokenPipeError if the reader is gone, ClickException if it fails otherwise.
+        """
         if self._terminal:
             frames = [bytes(f).decode(errors="backslashreplace").translate(_IN_MESSAGE).encode() for f in frames]
         try:
@@ -71,7 +74,7 @@ class Output:
         except OSError as error:
             raise click.ClickException(f"cannot write to standard output: {error.strerror}") from error
 
-    def _write(self, data: bytes | memoryview) -> None:
+    def _write(self, data: Any) -> None:
         if self._stream is None:
             raise OSError(EBADF, os.strerror(EBADF))
         rest = memoryview(data)
