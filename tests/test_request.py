@@ -46,10 +46,15 @@ def client(context: Context) -> Iterator[Callable[..., Client]]:
 class Server:
     """A server that deals with its requests one after the other, in a thread."""
 
-    def __init__(self, context: Context, *answers: Callable[[zmq.Socket[bytes], list[bytes]], None]) -> None:
+    def __init__(
+        self,
+        context: Context,
+        *answers: Callable[[zmq.Socket[bytes], list[bytes]], None],
+        endpoint: str = "tcp://127.0.0.1:*",
+    ) -> None:
         self.requests: list[list[bytes]] = []
         self._socket = context.socket(zmq.ROUTER)
-        self.endpoint = bind(self._socket)
+        self.endpoint = bind(self._socket, endpoint)
         self._answers = answers
         self._thread = threading.Thread(target=self._serve)
         self._thread.start()
@@ -193,6 +198,18 @@ def test_a_server_that_closes_right_behind_its_reply_has_answered(
         asker = client(server.endpoint, retries=0)
         assert asker.ask(b"last words") == [b"last words"]
         server.join()
+
+
+def test_a_server_that_is_replaced_between_two_requests_costs_no_attempt(
+    context: Context, client: Callable[..., Client]
+) -> None:
+    server = Server(context, echo)
+    asker = client(server.endpoint, retries=0)
+    assert asker.ask(b"one") == [b"one"]
+    server.join()
+    successor = Server(context, echo, endpoint=server.endpoint)
+    assert asker.ask(b"two") == [b"two"]
+    assert successor.join() == [[b"two"]]
 
 
 def test_servers_take_turns(context: Context, client: Callable[..., Client]) -> None:

@@ -140,7 +140,6 @@ def cli() -> None:
 _TO_BIND, _TO_CONNECT = Endpoint(bind=True), Endpoint(bind=False)
 _KEY_FILE = click.Path(dir_okay=False, path_type=Path)
 _INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
-_max_size = click.option("--max-size", type=Size(), default="64M", help="Refuse larger messages.")
 _key = click.option("--key", type=_KEY_FILE, help="This end's CURVE secret key file, created if missing.")
 
 
@@ -152,7 +151,7 @@ _key = click.option("--key", type=_KEY_FILE, help="This end's CURVE secret key f
 @click.option("-n", "--count", type=click.IntRange(min=1), metavar="N", help="Stop after N requests.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print the requests.")
 @click.option("-0", "--null", is_flag=True, help="End what is printed with NUL, not newline.")
-@_max_size
+@click.option("--max-size", type=Size(), default="64M", help="Refuse larger messages.")
 @_key
 @click.option(
     "--client-keys", type=click.Path(path_type=Path), help="For --bind: file or folder of public keys to let in."
@@ -224,7 +223,7 @@ def serve(
 )
 @click.option("-m", "--multipart", is_flag=True, help="Send all messages as the frames of one request.")
 @click.option("-0", "--null", is_flag=True, help="End messages with NUL, not newline, on standard input and output.")
-@_max_size
+@click.option("--max-size", type=Size(), default="64M", help="Refuse larger replies.")
 @_key
 @click.option("--server-key", type=_KEY_FILE, help="The server's CURVE public key file.")
 @click.argument("message", nargs=-1)
@@ -249,7 +248,7 @@ def send(
       zmqmsg send hello "a second message"
       zmqmsg send --timeout 2 --retries 0 ping || echo "no answer"
       tail -f log | zmqmsg send --connect tcp://127.0.0.1:5556
-      zmqmsg send --file picture.png > reply.png
+      zmqmsg send --file question.json | jq .answer
 
     Exit status: 0 all replies came, 1 something failed, 2 wrong usage, 130 interrupted.
     """

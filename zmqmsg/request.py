@@ -15,9 +15,9 @@ from zmqmsg.sockets import BRIEF, Failure, Socket, receive_frames, send_frames
 SPINS = 50 if len(os.sched_getaffinity(0)) > 1 else 0
 """Looks for a reply before going to sleep, which costs more than a fast reply takes; none on a single core."""
 
-FRESH = 0.05
-"""Seconds after a reply in which the monitor need not be asked before the next request. If the connection broke since,
-libzmq is not back on a new one (RECONNECT_IVL is 0.1 s): the request is lost with it, and not sent twice."""
+FRESH = 0.001
+"""Seconds after a reply in which the monitor is not asked before the next request: 3 % of a stream's time. Within them,
+libzmq cannot be back on a new connection (RECONNECT_IVL is 0.1 s), and no request be sent twice for an old loss."""
 
 QUOTED = 40
 """Bytes of an unanswered request that an error quotes."""
@@ -172,7 +172,7 @@ class Requester:
             return "it never finished a handshake, and may be no ZeroMQ server"
         if not self._retries:
             return "with --retries it would be sent again"
-        return "the request may break the server, or its reply may be larger than --max-size"
+        return "the request may break the server, or it or its reply be larger than the receiver's --max-size"
 
     def _poll(self, sockets: Iterable[Socket], seconds: float) -> None:
         """Wait until one of ``sockets`` has something to say, a second at most.
