@@ -207,6 +207,8 @@ def test_a_server_that_is_replaced_between_two_requests_costs_no_attempt(
     asker = client(server.endpoint, retries=0)
     assert asker.ask(b"one") == [b"one"]
     server.join()
+    assert asker.connections[0].monitor.poll(LIMIT * 1000)
+    time.sleep(0.01)  # no stream is that slow, and no reconnection that fast
     successor = Server(context, echo, endpoint=server.endpoint)
     assert asker.ask(b"two") == [b"two"]
     assert successor.join() == [[b"two"]]
