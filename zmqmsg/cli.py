@@ -1,12 +1,14 @@
 """The command line: options, wiring, exit statuses."""
 
 import math
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -120,7 +122,13 @@ def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -
 
 @click.group(cls=Messenger, context_settings={"auto_envvar_prefix": "ZMQMSG", "show_default": True})
 @click.option(
-    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_versions, help="Show the versions."
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    allow_from_autoenv=False,
+    callback=_print_versions,
+    help="Show the versions.",
 )
 def cli() -> None:
     """Send messages over ZeroMQ's REQ/REP from the command line, and echo them.
@@ -138,7 +146,7 @@ def cli() -> None:
 
 
 _TO_BIND, _TO_CONNECT = Endpoint(bind=True), Endpoint(bind=False)
-_KEY_FILE = click.Path(dir_okay=False, path_type=Path)
+_KEY_FILE = click.Path(dir_okay=False)
 _INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
 _key = click.option("--key", type=_KEY_FILE, help="This end's CURVE secret key file, created if missing.")
 
@@ -153,9 +161,7 @@ _key = click.option("--key", type=_KEY_FILE, help="This end's CURVE secret key f
 @click.option("-0", "--null", is_flag=True, help="End what is printed with NUL, not newline.")
 @click.option("--max-size", type=Size(), default="64M", help="Refuse larger messages.")
 @_key
-@click.option(
-    "--client-keys", type=click.Path(path_type=Path), help="For --bind: file or folder of public keys to let in."
-)
+@click.option("--client-keys", type=click.Path(), help="For --bind: file or folder of public keys to let in.")
 @click.option("--server-key", type=_KEY_FILE, help="For --connect: the queue's CURVE public key file.")
 def serve(
     bind: tuple[str, ...],
@@ -164,9 +170,9 @@ def serve(
     quiet: bool,
     null: bool,
     max_size: int,
-    key: Path | None,
-    client_keys: Path | None,
-    server_key: Path | None,
+    key: str | None,
+    client_keys: str | None,
+    server_key: str | None,
 ) -> None:
     """Bind a REP socket and echo every request, printing it.
 
@@ -182,7 +188,7 @@ def serve(
     """
     import zmq
 
-    from zmqmsg.reply import FLUSH_LIMIT, Echo
+    from zmqmsg.reply import FLUSH_LIMIT, Echo, flush
     from zmqmsg.sockets import bound, is_local, open_socket
 
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
@@ -190,15 +196,15 @@ def serve(
     output = console.Output(b"\0" if null else b"\n")
 
     with ExitStack() as stack:
-        context = zmq.Context(1 + len(connect))
-        stack.callback(context.term)
+        echo = Echo()
+        stack.enter_context(echo.stopped_by_signals())
+        context: Context = zmq.Context(1 + len(connect))
+        stack.callback(flush, context)
         open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=FLUSH_LIMIT)
         listener = stack.enter_context(open_rep())
         if keys and bind:
             keys.secure_server(listener)
         workers = _open_connections(stack, connect, keys, open_rep)
-        echo = Echo(listener if bind else None, workers)
-        stack.enter_context(echo.stopped_by_signals())
         for endpoint in bind:
             real = stack.enter_context(bound(listener, endpoint))
             console.tell(f"listening on {real}")
@@ -206,7 +212,7 @@ def serve(
                 console.tell(
                     f"warning: anyone who can reach {real} can use it; close it by --key and --client-keys", "yellow"
                 )
-        echo.run((lambda _frames: None) if quiet else output.write, count)
+        echo.run(listener if bind else None, workers, (lambda _frames: None) if quiet else output.write, count)
         console.tell(f"{echo.served} request{'s' * (echo.served != 1)} served")
 
 
@@ -235,8 +241,8 @@ def send(
     multipart: bool,
     null: bool,
     max_size: int,
-    key: Path | None,
-    server_key: Path | None,
+    key: str | None,
+    server_key: str | None,
     message: tuple[str, ...],
 ) -> None:
     """Send each MESSAGE as a request and print each reply.
@@ -257,6 +263,8 @@ def send(
     from zmqmsg.request import Requester
     from zmqmsg.sockets import open_socket
 
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     keys = _load_keys(key, None, server_key, binds=False, connects=True)
     end = b"\0" if null else b"\n"
     output = console.Output(end)
@@ -280,8 +288,14 @@ def send(
             output.write(requester.ask([text]))
 
 
+def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+    """End at once. KeyboardInterrupt would get lost when it comes while pyzmq frees a frame."""
+    console.clear_progress()
+    os._exit(130)
+
+
 def _load_keys(
-    key: Path | None, clients: Path | None, server: Path | None, *, binds: bool, connects: bool
+    key: str | None, clients: str | None, server: str | None, *, binds: bool, connects: bool
 ) -> "Keys | None":
     """Return the keys in the files that the options name; raise UsageError unless they are what is needed."""
     if bool(clients) != bool(key and binds) or bool(server) != bool(key and connects):
@@ -291,10 +305,12 @@ def _load_keys(
     if not key:
         return None
 
+    from pathlib import Path
+
     from zmqmsg.curve import Keys
 
     try:
-        return Keys.load(key, clients, server, console.tell)
+        return Keys.load(Path(key), Path(clients) if clients else None, Path(server) if server else None, console.tell)
     except ValueError as error:
         raise click.UsageError(str(error)) from error
 

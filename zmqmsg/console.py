@@ -8,7 +8,6 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
 from errno import EBADF
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 import click
@@ -40,8 +39,7 @@ def tell(text: str, colour: str = "cyan") -> None:
     visible = text.encode(errors="surrogateescape").decode(errors="backslashreplace").translate(_IN_NOTICE)
     # That a notice cannot be written is no reason to fail.
     with suppress(OSError):
-        if _bar_shown:
-            click.echo(CLEAR_BAR, nl=False, err=True)
+        clear_progress()
         prefix = "zmqmsg: " if os.environ.get("NO_COLOR") else click.style("zmqmsg: ", fg=colour)
         click.echo(prefix + visible, err=True)
 
@@ -97,11 +95,16 @@ def read_messages(
     """
     yield from map(os.fsencode, arguments)
     for file in files:
-        yield b"".join(_read_standard_input(output, idle)) if file == "-" else _read(file, Path(file).read_bytes)
+        yield b"".join(_read_standard_input(output, idle)) if file == "-" else _read(file, partial(_contents, file))
     if not arguments and not files:
         if _is_terminal(sys.stdin):
             tell("reading messages, one a line; Ctrl-D ends")
         yield from _split(_read_standard_input(output, idle), end)
+
+
+def _contents(file: str) -> bytes:
+    with open(file, "rb") as opened:
+        return opened.read()
 
 
 def _split(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
@@ -168,8 +171,14 @@ def show_progress(messages: Iterator[bytes], arguments: Sequence[str], files: Se
             yield message
             bar.update(1 if files else len(message) + 1)
     finally:
+        clear_progress()
         _bar_shown = False
-        with suppress(OSError):
+
+
+def clear_progress() -> None:
+    """Clear the progress bar, if there is one, until it is drawn again."""
+    if _bar_shown:
+        with suppress(OSError, RuntimeError):  # the latter from a signal handler, in the middle of another line
             click.echo(CLEAR_BAR, nl=False, err=True)
 
 

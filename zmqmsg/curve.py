@@ -77,7 +77,7 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
                 raise ValueError
     except OSError as error:
         raise ValueError(f"cannot read key file {path}: {error.strerror or 'no such file'}") from error
-    except (ValueError, KeyError, struct.error) as error:  # the latter two from z85
+    except (ValueError, IndexError, KeyError, struct.error) as error:  # the latter from pyzmq's readers
         raise ValueError(f"{path} is not a CURVE key file") from error
     return public, secret
 

@@ -4,6 +4,7 @@ import errno
 import struct
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from enum import Enum, auto
 from itertools import count
 
@@ -53,22 +54,25 @@ class Connection:
         self._tell = tell
         self._told = ""
         self._failures = 0
+        self._doubtful = False
         self._state = State.READY
         self._open()
 
     def _open(self) -> None:
-        self.socket = self._open_socket()
-        self.monitor = self.socket.context.socket(zmq.PAIR)
-        self.monitor.linger = 0
-        # At the high-water mark of a monitor that nobody reads, libzmq's I/O thread would stop (libzmq 3745).
-        self.monitor.rcvhwm = 0
-        name = next(_names)
-        self.socket.monitor(name, zmq.EVENT_ALL)
-        self.monitor.connect(name)
-        self._resolved = False
-        # inproc raises no events.
-        self._enter(State.READY if self.endpoint.startswith("inproc://") else State.CONNECTING)
-        connect(self.socket, self.endpoint)
+        with ExitStack() as failing:  # a socket that is left open would keep its context from ending
+            self.socket = failing.enter_context(self._open_socket())
+            self.monitor = failing.enter_context(self.socket.context.socket(zmq.PAIR))
+            self.monitor.linger = 0
+            # At the high-water mark of a monitor that nobody reads, libzmq's I/O thread would stop (libzmq 3745).
+            self.monitor.rcvhwm = 0
+            name = next(_names)
+            self.socket.monitor(name, zmq.EVENT_ALL)
+            self.monitor.connect(name)
+            self._resolved = False
+            # inproc raises no events.
+            self._enter(State.READY if self.endpoint.startswith("inproc://") else State.CONNECTING)
+            connect(self.socket, self.endpoint)
+            failing.pop_all()
 
     def close(self) -> None:
         """Close the socket; what lies in it unsent is taken back."""
@@ -111,6 +115,9 @@ class Connection:
         patience = HANDSHAKE_LIMIT + PATIENCE if self._failures else SETTLING
         if self._state is State.HANDSHAKING and silence >= patience:
             self._enter(State.READY)
+        elif self._state is State.BROKEN_OFF and silence >= SETTLING and not self._doubtful:
+            self._doubtful = True  # once may be chance: TCP can connect to a free port from that very port
+            self.reopen()
         elif self._state is State.BROKEN_OFF and silence >= SETTLING:
             wanted = "REP socket (nor ROUTER)" if self.socket.type == zmq.REQ else "DEALER socket (nor REQ)"
             raise Failure(f"{self.endpoint} is not a {wanted}: another type, or no ZeroMQ at all")
@@ -157,6 +164,7 @@ class Connection:
                 self._enter(State.HANDSHAKING)
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._failures = 0
+                self._doubtful = False
                 self.greeted = True
                 self._enter(State.READY)
             case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value == errno.EAGAIN:

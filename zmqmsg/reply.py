@@ -3,12 +3,13 @@
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import Thread
 from types import FrameType
 
 import zmq
 
 from zmqmsg.monitor import PATIENCE, Connection
-from zmqmsg.sockets import NOW, Socket, receive_frames, send_frames
+from zmqmsg.sockets import NOW, Context, Socket, receive_frames, send_frames
 
 FLUSH_LIMIT = 5000
 """Milliseconds that the last replies have to reach their clients: the linger of a REP socket."""
@@ -21,33 +22,51 @@ class Stuck(Exception):
     """The output blocks, and there is a signal to stop."""
 
 
+def flush(context: Context) -> None:
+    """End ``context`` when the last replies are on their way, or their time is up.
+
+    In a thread, since a signal ends pyzmq's ``term()`` early, and an I/O thread that resolves a name holds it up.
+    """
+    thread = Thread(target=context.term, daemon=True)
+    thread.start()
+    thread.join(FLUSH_LIMIT / 1000 + 1)
+
+
 class Echo:
     """Answers each request with the request itself, on a bound REP socket and on connected ones.
 
     ``served`` counts the requests that were answered.
     """
 
-    def __init__(self, bound: Socket | None = None, connections: Sequence[Connection] = ()) -> None:
-        """Serve on the socket ``bound``, and over ``connections`` as a worker of what is at their end."""
+    def __init__(self) -> None:
         self.served = 0
-        self._bound = [bound] if bound else []
-        self._connections = connections
+        self._bound: list[Socket] = []
+        self._connections: Sequence[Connection] = []
         self._stopping = False
         self._taking = False
-        for socket in self._bound:
-            # A signal that comes just before the system call is seen only after it.
-            socket.rcvtimeo = int(PATIENCE * 1000)
 
-    def run(self, take: Callable[[list[zmq.Frame]], None], count: int | None = None) -> None:
-        """Echo requests until ``count`` of them are served or a signal comes.
+    def run(
+        self,
+        bound: Socket | None,
+        connections: Sequence[Connection],
+        take: Callable[[list[zmq.Frame]], None],
+        count: int | None = None,
+    ) -> None:
+        """Echo what comes to the socket ``bound``, and over ``connections`` as a worker of what is at their end.
 
-        Each is answered first and then given to ``take``, whose exceptions end the loop as well.
+        Each request is answered first and then given to ``take``, whose exceptions end it, as ``count`` requests or a
+        signal do.
         """
+        if bound:
+            # A signal that comes just before the system call is seen only after it.
+            bound.rcvtimeo = int(PATIENCE * 1000)
+            self._bound = [bound]
+        self._connections = connections
         # Waiting in recv instead of poll serves a single client 15 % faster.
-        waiting = 0 if not self._connections else NOW
+        waiting = NOW if connections else 0
         with suppress(Stuck):
             while not self._stopping and self.served != count:
-                for socket in self._wait() if self._connections else self._bound:
+                for socket in self._wait() if connections else self._bound:
                     self._answer(socket, waiting, take)
                     if self._stopping or self.served == count:
                         break
@@ -70,8 +89,10 @@ class Echo:
         send_frames(socket, frames)
         self.served += 1
         self._taking = True
-        take(frames)
-        self._taking = False
+        try:
+            take(frames)
+        finally:
+            self._taking = False
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:

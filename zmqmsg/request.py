@@ -16,7 +16,7 @@ SPINS = 50 if len(os.sched_getaffinity(0)) > 1 else 0
 """Looks for a reply before going to sleep, which costs more than a fast reply takes; none on a single core."""
 
 FRESH = 0.001
-"""Seconds after a reply in which the monitor is not asked before the next request: 3 % of a stream's time. Within them,
+"""Seconds after a request in which the monitor is not asked before the next one: 3 % of a stream's time. Within them,
 libzmq cannot be back on a new connection (RECONNECT_IVL is 0.1 s), and no request be sent twice for an old loss."""
 
 QUOTED = 40
@@ -63,7 +63,7 @@ class Requester:
         self._retries = retries
         self._output = output
         self._settled = len(self._connections) == 1
-        self._answered = -math.inf
+        self._asked = -math.inf
 
     def update(self) -> None:
         """Keep up with the connections, while there is nothing to ask. Raises Failure if one is hopeless."""
@@ -102,13 +102,13 @@ class Requester:
                 if not reply:
                     connection.reopen()
             if reply:
-                self._answered = time.monotonic()
                 return [frame.bytes for frame in reply]
 
     def _find_peer(self, deadline: float) -> Connection:
         """Return the connection whose turn it is among those that have a peer; wait until one has."""
         started = now = time.monotonic()
-        if len(self._connections) == 1 and now - self._answered < FRESH and self._connections[0].ready:
+        asked, self._asked = self._asked, now
+        if len(self._connections) == 1 and now - asked < FRESH and self._connections[0].ready:
             return self._connections[0]
         while True:
             self.update()
@@ -172,7 +172,7 @@ class Requester:
             return "it never finished a handshake, and may be no ZeroMQ server"
         if not self._retries:
             return "with --retries it would be sent again"
-        return "the request may break the server, or it or its reply be larger than the receiver's --max-size"
+        return "the request may break the server or be too large for it, or its reply may be larger than --max-size"
 
     def _poll(self, sockets: Iterable[Socket], seconds: float) -> None:
         """Wait until one of ``sockets`` has something to say, a second at most.

@@ -1,11 +1,11 @@
 """What both ends share: endpoints checked, and sockets opened, bound and connected."""
 
 import errno
+import os
 import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import cast
 
 import zmq
@@ -23,7 +23,7 @@ HANDSHAKE_LIMIT = 5.0
 BRIEF = 0.02
 """Seconds that receiving waits at the most, unless it is told otherwise."""
 
-_TCP = re.compile(r"tcp://([\w.%-]+;)?(?P<host>\*|[\w.%-]+|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
+_TCP = re.compile(r"tcp://([\w.%-]+;)?(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
 _REASONS = {
     errno.EADDRINUSE: "address in use; stop its server, or take another",
@@ -117,17 +117,17 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
     Raises Failure if it cannot be bound. An ipc socket file is removed at the end: libzmq would leave it.
     """
     # A name that begins with @ is an abstract one of Linux: no file.
-    path = Path(endpoint.removeprefix("ipc://")) if re.match("ipc://[^@]", endpoint) else None
+    path = endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
     if path and _is_taken(path):
         raise Failure(f"cannot bind {endpoint}: there is a server or a file already; take another path")
     _attach(socket, endpoint, "bind", socket.bind)
-    inode = path.lstat().st_ino if path else None
+    inode = os.lstat(path).st_ino if path else None
     try:
         yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
     finally:
         with suppress(OSError):
-            if path and path.lstat().st_ino == inode:
-                path.unlink()
+            if path and os.lstat(path).st_ino == inode:
+                os.unlink(path)
 
 
 def _attach(socket: Socket, endpoint: str, verb: str, attach: Callable[[str], object]) -> None:
@@ -140,15 +140,15 @@ def _attach(socket: Socket, endpoint: str, verb: str, attach: Callable[[str], ob
         raise Failure(f"cannot {verb} {endpoint}: {reason}") from error
 
 
-def _is_taken(path: Path) -> bool:
+def _is_taken(path: str) -> bool:
     """Return whether there is more than a stale socket at ``path``: libzmq would unlink whatever it is."""
     import socket
 
     with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
-        is_socket = stat.S_ISSOCK(path.lstat().st_mode)
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
         probe.setblocking(False)
         # Only where nobody listens is it refused; a busy server answers EAGAIN.
-        return not is_socket or probe.connect_ex(str(path)) != errno.ECONNREFUSED
+        return not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED
     return False
 
 
