@@ -159,9 +159,9 @@ def echoing(context: Context, endpoint: str, count: int) -> Iterator[tuple[str, 
     """Echo ``count`` requests in a thread; the context gets the real endpoint and the requests taken so far."""
     taken: list[list[bytes]] = []
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        echo = Echo(socket)
+        echo = Echo()
         thread = threading.Thread(
-            target=echo.run, args=(lambda frames: taken.append([frame.bytes for frame in frames]), count)
+            target=echo.run, args=(socket, [], lambda frames: taken.append([frame.bytes for frame in frames]), count)
         )
         thread.start()
         yield real, taken

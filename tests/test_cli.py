@@ -87,6 +87,10 @@ def test_the_versions_are_those_of_the_tool_and_its_libraries() -> None:
     assert f"pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}" in printed
 
 
+def test_a_version_in_the_environment_is_not_taken_for_the_option() -> None:
+    assert run("send", "--multipart", input="", env={"ZMQMSG_VERSION": "1"})[0] == 2
+
+
 def test_without_a_command_there_is_help_and_the_status_of_wrong_usage() -> None:
     status, error = run()
     assert status == 2

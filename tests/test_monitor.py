@@ -216,6 +216,12 @@ def test_a_breach_of_protocol_which_libzmq_does_not_try_again_is_tried_again(con
     watched.until(lambda c: c.ready)
 
 
+def test_a_connection_that_cannot_be_opened_leaves_nothing_open(context: Context) -> None:
+    with pytest.raises(Failure, match="cannot connect to tcp://_host:5555: Invalid argument"):
+        Watched(context, "tcp://_host:5555")
+    context.term()  # would wait for ever for an open socket
+
+
 def test_events_that_nobody_reads_do_not_stop_the_socket(context: Context) -> None:
     """At a monitor's high-water mark libzmq's I/O thread blocks (libzmq issue 3745)."""
     with socket.create_server(("127.0.0.1", 0)) as free:

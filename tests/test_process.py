@@ -1,6 +1,7 @@
 """The main job, with real processes, signals and ports, and with other implementations at the other end."""
 
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -49,6 +50,25 @@ def test_a_signal_ends_serve_cleanly(serve: Serve, send: Send, number: int, tmp_
     server.signal(number)
     assert server.finish() == (0, b"one\n", [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"])
     assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_the_last_reply_of_count_reach_its_client(context: Context, serve: Serve, number: int) -> None:
+    server, endpoint = serve("--quiet", "--count", "1")
+    with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))) as client:
+        greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
+        ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x03REQ"
+        client.sendall(greeting + b"\x04" + bytes([len(ready)]) + ready)
+        size = 30_000_000  # more than the system's buffers hold
+        heard = client.makefile("rb")
+        heard.read(len(greeting))
+        heard.read(heard.read(2)[1])
+        client.sendall(b"\x01\x00\x02" + size.to_bytes(8) + bytes(size))
+        server.wait_for_notice("1 request served")
+        server.signal(number)
+        assert heard.read(3 + 8) == b"\x01\x00\x02" + size.to_bytes(8)
+        assert heard.read(size) == bytes(size)
+    assert server.wait() == 0
 
 
 @pytest.mark.parametrize("wait_for", ["connection", "input"])

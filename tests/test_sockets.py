@@ -50,6 +50,7 @@ def test_wildcards_can_be_bound_but_not_connected_to(endpoint: str) -> None:
         ("tcp://[::1]", "neither tcp"),
         ("tcp://host name:5555", "neither tcp"),
         ("tcp://127.0.0.1:http", "neither tcp"),
+        ("tcp://_host:5555", "neither tcp"),
         ("tcp://127.0.0.1:-1", "neither tcp"),
         ("tcp://127.0.0.1:5555\n", "cannot be printed"),
         ("ipc:///tmp/\udcff.sock", "cannot be printed"),

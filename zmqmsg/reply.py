@@ -112,7 +112,8 @@ class Echo:
         signal.setitimer(signal.ITIMER_REAL, STUCK, STUCK)
         self._stopping = True
         for socket in self._bound:
-            socket.rcvtimeo = 0  # of the recv that was interrupted, too: pyzmq begins it again
+            if not socket.closed:
+                socket.rcvtimeo = 0  # of the recv that was interrupted, too: pyzmq begins it again
 
     def _give_up(self, _number: int, _frame: FrameType | None) -> None:
         if self._taking:
