@@ -212,7 +212,7 @@ def serve(
                 console.tell(
                     f"warning: anyone who can reach {real} can use it; close it by --key and --client-keys", "yellow"
                 )
-        echo.run(listener if bind else None, workers, (lambda _frames: None) if quiet else output.write, count)
+        echo.run(listener if bind else None, workers, None if quiet else output.write, count)
         console.tell(f"{echo.served} request{'s' * (echo.served != 1)} served")
 
 

@@ -9,13 +9,16 @@ from types import FrameType
 import zmq
 
 from zmqmsg.monitor import PATIENCE, Connection
-from zmqmsg.sockets import NOW, Context, Socket, receive_frames, send_frames
+from zmqmsg.sockets import NOW, Context, Socket
 
 FLUSH_LIMIT = 5000
 """Milliseconds that the last replies have to reach their clients: the linger of a REP socket."""
 
 STUCK = 1.0
 """Seconds that the output may block after a signal, before printing is given up."""
+
+
+Take = Callable[[list[zmq.Frame]], None]
 
 
 class Stuck(Exception):
@@ -49,7 +52,7 @@ class Echo:
         self,
         bound: Socket | None,
         connections: Sequence[Connection],
-        take: Callable[[list[zmq.Frame]], None],
+        take: Take | None = None,
         count: int | None = None,
     ) -> None:
         """Echo what comes to the socket ``bound``, and over ``connections`` as a worker of what is at their end.
@@ -82,17 +85,25 @@ class Echo:
             connection.report()
         return [*self._bound, *(connection.socket for connection in self._connections)]
 
-    def _answer(self, socket: Socket, waiting: int, take: Callable[[list[zmq.Frame]], None]) -> None:
-        frames = receive_frames(socket, waiting)
-        if not frames:
-            return
-        send_frames(socket, frames)
-        self.served += 1
-        self._taking = True
+    def _answer(self, socket: Socket, waiting: int, take: Take | None) -> None:
+        # Without the helpers that requests use: under load, a call costs 3 % of a request here.
         try:
-            take(frames)
-        finally:
-            self._taking = False
+            frame = socket.recv(waiting, copy=False)
+        except zmq.Again:
+            return
+        frames = [frame]
+        while frame.more:
+            frame = socket.recv(copy=False)
+            frames.append(frame)
+        for frame in frames:
+            socket.send(frame, zmq.SNDMORE if frame.more else 0, copy=False)
+        self.served += 1
+        if take:
+            self._taking = True
+            try:
+                take(frames)
+            finally:
+                self._taking = False
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:

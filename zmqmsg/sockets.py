@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import cast
 
@@ -13,9 +13,7 @@ import zmq
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 
-# Plain numbers, as arithmetic with pyzmq's enums is slow.
-NOW = int(zmq.NOBLOCK)
-SEND_MORE_NOW = int(zmq.NOBLOCK | zmq.SNDMORE)
+NOW = int(zmq.NOBLOCK)  # arithmetic with the enum itself is slow
 
 HANDSHAKE_LIMIT = 5.0
 """Seconds that a peer has to finish its handshake before libzmq drops the connection."""
@@ -150,26 +148,3 @@ def _is_taken(path: str) -> bool:
         # Only where nobody listens is it refused; a busy server answers EAGAIN.
         return not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED
     return False
-
-
-def send_frames(socket: Socket, frames: Sequence[bytes | zmq.Frame]) -> None:
-    """Send ``frames`` as one message, large ones without copying; raise zmq.Again if libzmq does not take it now.
-
-    Frame by frame costs half of what pyzmq's ``send_multipart`` costs for a small message.
-    """
-    for frame in frames[:-1]:
-        socket.send(frame, SEND_MORE_NOW, copy=False)
-    socket.send(frames[-1], NOW, copy=False)
-
-
-def receive_frames(socket: Socket, flags: int = NOW) -> list[zmq.Frame]:
-    """Return the frames of the next message, not copied; none if there is no message by now, or by RCVTIMEO."""
-    try:
-        frame = socket.recv(flags, copy=False)
-    except zmq.Again:
-        return []
-    frames = [frame]
-    while frame.more:
-        frame = socket.recv(copy=False)
-        frames.append(frame)
-    return frames
