@@ -2,6 +2,7 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -152,6 +153,26 @@ def bind(socket: Socket, endpoint: str = "tcp://127.0.0.1:*") -> str:
             assert time.monotonic() < end
         else:
             return cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait for ``condition`` where nothing tells of it."""
+    end = time.monotonic() + LIMIT
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def free_endpoint() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+
+
+def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0.0.1:*") -> tuple[Socket, str]:
+    """Bind a plain socket of pyzmq that does not wait for ever; return it and its real endpoint."""
+    server = context.socket(socket_type)
+    server.rcvtimeo = LIMIT * 1000
+    return server, bind(server, endpoint)
 
 
 @contextmanager

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import zmq
 
-from zmqmsg.sockets import Context, Socket
+from zmqmsg.sockets import Context
 
 import conftest
-from conftest import LIMIT, Process, bind
+from conftest import LIMIT, Process, bind, free_endpoint, open_server, until
 
 Start = Callable[..., Process]
 Serve = Callable[..., tuple[Process, str]]
@@ -35,26 +35,6 @@ while (request := socket.recv()) != b"poison":
     socket.send(request)
 os._exit(3)
 """
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for ``condition`` where nothing tells of it."""
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def free_endpoint() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
-
-
-def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0.0.1:*") -> tuple[Socket, str]:
-    """Bind a plain socket of pyzmq that does not wait for ever; return it and its real endpoint."""
-    server = context.socket(socket_type)
-    server.rcvtimeo = LIMIT * 1000
-    return server, bind(server, endpoint)
 
 
 def feed(process: Process, lines: Sequence[bytes], pace: float) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import zmq
 
-from zmqmsg.sockets import Context, Socket
+from zmqmsg.sockets import Context
 
-from conftest import LIMIT, Process, bind
+from conftest import LIMIT, Process, bind, free_endpoint, open_server, until
 
 Start = Callable[..., Process]
 Serve = Callable[..., tuple[Process, str]]
@@ -24,26 +24,6 @@ Talk = Callable[[socket.socket], None]
 
 SOON = 5
 """Seconds within which the user is told of what takes a second, on a busy machine."""
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait for ``condition`` where nothing tells of it."""
-    end = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
-
-
-def free_endpoint() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
-
-
-def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0.0.1:*") -> tuple[Socket, str]:
-    """Bind a plain socket of pyzmq that does not wait for ever; return it and its real endpoint."""
-    server = context.socket(socket_type)
-    server.rcvtimeo = LIMIT * 1000
-    return server, bind(server, endpoint)
 
 
 @contextmanager
