@@ -120,6 +120,14 @@ def serve(start: Callable[..., Process]) -> Callable[..., tuple[Process, str]]:
     return serve
 
 
+@pytest.fixture(scope="module")
+def echo() -> Iterator[str]:
+    """Let one server, which prints nothing, run for all tests that want no more of it; return its endpoint."""
+    server = Process("serve", "--quiet", "--bind", "tcp://127.0.0.1:*")
+    yield server.wait_for_notice("listening on (.*)")[1]
+    server.close()
+
+
 @pytest.fixture
 def send() -> Callable[..., subprocess.CompletedProcess[bytes]]:
     """Run ``zmqmsg send`` to its end with further arguments, and return how it ended."""

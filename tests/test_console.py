@@ -82,14 +82,6 @@ def in_shell(redirections: str, *arguments: str) -> subprocess.CompletedProcess[
     )
 
 
-@pytest.fixture(scope="module")
-def echo() -> Iterator[str]:
-    """Let one server, which prints nothing, run for all tests that want no more of it; return its endpoint."""
-    server = Process("serve", "--quiet", "--bind", "tcp://127.0.0.1:*")
-    yield server.wait_for_notice("listening on (.*)")[1]
-    server.close()
-
-
 @pytest.fixture
 def silent(context: Context) -> Silent:
     """Open a REP socket that does nothing of itself, and return it and its endpoint."""

@@ -88,14 +88,6 @@ def terminal() -> Iterator[Terminal]:
     terminal.close()
 
 
-@pytest.fixture(scope="module")
-def echo() -> Iterator[str]:
-    """Let one server, which prints nothing, run for all tests that want no more of it; return its endpoint."""
-    server = Process("serve", "--quiet", "--bind", "tcp://127.0.0.1:*")
-    yield server.wait_for_notice("listening on (.*)")[1]
-    server.close()
-
-
 @pytest.fixture
 def on_terminal(echo: str, start: Start, terminal: Terminal) -> Callable[..., bytes]:
     """Run ``send`` to its end with some streams on the terminal; return what was written there."""

@@ -65,7 +65,7 @@ class Echo:
             bound.rcvtimeo = int(PATIENCE * 1000)
             self._bound = [bound]
         self._connections = connections
-        # Waiting in recv instead of poll serves a single client 15 % faster.
+        # With one socket, waiting in recv takes fewer system calls than polling first.
         waiting = NOW if connections else 0
         with suppress(Stuck):
             while not self._stopping and self.served != count:
@@ -75,18 +75,18 @@ class Echo:
                         break
 
     def _wait(self) -> list[Socket]:
-        """Wait for requests, a second at most, keep up with the connections, and return all sockets."""
+        """Keep up with the connections, wait for requests, a second at most, and return all sockets."""
+        for connection in self._connections:
+            connection.update()
+            connection.report()
         sockets = [*self._bound, *(connection.socket for connection in self._connections)]
         monitors = [connection.monitor for connection in self._connections]
         pause = min(connection.pause for connection in self._connections)
         zmq.zmq_poll([(socket, zmq.POLLIN) for socket in [*sockets, *monitors]], int(pause * 1000))
-        for connection in self._connections:
-            connection.update()
-            connection.report()
-        return [*self._bound, *(connection.socket for connection in self._connections)]
+        return sockets
 
     def _answer(self, socket: Socket, waiting: int, take: Take | None) -> None:
-        # Without the helpers that requests use: under load, a call costs 3 % of a request here.
+        # Without calls of our own: the rate of requests under load shows them.
         try:
             frame = socket.recv(waiting, copy=False)
         except zmq.Again:
