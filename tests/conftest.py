@@ -190,7 +190,7 @@ def echoing(context: Context, endpoint: str, count: int) -> Iterator[tuple[str, 
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
         echo = Echo()
         thread = threading.Thread(
-            target=echo.run, args=(socket, [], lambda frames: taken.append([frame.bytes for frame in frames]), count)
+            target=echo.run, args=(socket, [], lambda frames: taken.append([bytes(frame) for frame in frames]), count)
         )
         thread.start()
         yield real, taken

@@ -400,6 +400,20 @@ def test_a_request_that_never_ends_is_given_up_with_its_connection(serve: Serve,
     server.assert_recovered()
 
 
+def test_a_large_request_takes_its_memory_once(serve: Serve, context: Context) -> None:
+    process, endpoint = serve("--quiet")
+    with context.socket(zmq.REQ) as client:
+        client.linger = 0
+        client.rcvtimeo = LIMIT * 1000
+        client.connect(endpoint)
+        client.send(b"small")
+        client.recv()
+        before, size = memory(process), 64 << 20
+        client.send(bytes(size), copy=False)
+        assert len(client.recv(copy=False)) == size
+    assert memory(process, "VmHWM") - before < 1.5 * size / 1024
+
+
 def test_a_reply_that_a_stranger_makes_the_server_drop_is_had_by_another_attempt(serve: Serve, start: Start) -> None:
     """After a request without a delimiter, from a peer that is gone, a REP socket drops its next reply (rep.cpp)."""
     process, endpoint = serve()

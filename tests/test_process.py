@@ -52,6 +52,13 @@ def test_a_signal_ends_serve_cleanly(serve: Serve, send: Send, number: int, tmp_
     assert not path.exists()
 
 
+def test_a_signal_ends_a_worker_that_waits_for_its_queue(start: Start) -> None:
+    worker = start("serve", "--connect", "tcp://127.0.0.1:1")
+    worker.wait_for_notice("waiting for")
+    worker.signal(signal.SIGTERM)
+    assert worker.finish()[:2] == (0, b"")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_lets_the_last_reply_of_count_reach_its_client(context: Context, serve: Serve, number: int) -> None:
     server, endpoint = serve("--quiet", "--count", "1")

@@ -75,13 +75,11 @@ class Output:
     def _write(self, data: Any) -> None:
         if self._stream is None:
             raise OSError(EBADF, os.strerror(EBADF))
-        rest = memoryview(data)
-        while rest:
-            written = self._stream.write(rest)
+        while (written := self._stream.write(data)) != len(data):
             if written is None:  # a non-blocking descriptor takes no more for now
                 select.select([], [self._stream], [], 1)
             else:
-                rest = rest[written:]
+                data = memoryview(data)[written:]
 
 
 def read_messages(
