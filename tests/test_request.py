@@ -26,7 +26,7 @@ class Client:
         self.requester = Requester(self.connections, self.told.append, **options)  # type: ignore[arg-type]
 
     def ask(self, *frames: bytes) -> list[bytes]:
-        return self.requester.ask(frames)
+        return [frame.bytes for frame in self.requester.ask(frames)]
 
 
 @pytest.fixture
