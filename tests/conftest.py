@@ -188,10 +188,8 @@ def echoing(context: Context, endpoint: str, count: int) -> Iterator[tuple[str, 
     """Echo ``count`` requests in a thread; the context gets the real endpoint and the requests taken so far."""
     taken: list[list[bytes]] = []
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        echo = Echo()
-        thread = threading.Thread(
-            target=echo.run, args=(socket, [], lambda frames: taken.append([bytes(frame) for frame in frames]), count)
-        )
+        echo = Echo(lambda frames: taken.append([bytes(frame) for frame in frames]), count)
+        thread = threading.Thread(target=echo.run, args=(socket, []))
         thread.start()
         yield real, taken
         thread.join(LIMIT)

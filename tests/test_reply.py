@@ -28,8 +28,8 @@ def test_a_request_is_echoed_with_all_its_frames_and_taken(context: Context) -> 
 
 def test_it_stops_after_as_many_requests_as_it_was_told(context: Context) -> None:
     with open_socket(context, zmq.REP) as socket, bound(socket, "inproc://server") as endpoint:
-        echo = Echo()
-        thread = threading.Thread(target=echo.run, args=(socket, [], lambda _frames: None, 3))
+        echo = Echo(count=3)
+        thread = threading.Thread(target=echo.run, args=(socket, []))
         thread.start()
         for _ in range(3):
             ask(context, endpoint, b"hello")
@@ -49,7 +49,7 @@ def test_a_reply_is_sent_before_its_request_is_taken(context: Context) -> None:
         assert answered.wait(LIMIT)
 
     with open_socket(context, zmq.REP) as socket, bound(socket, "inproc://server") as endpoint:
-        thread = threading.Thread(target=Echo().run, args=(socket, [], take, 1))
+        thread = threading.Thread(target=Echo(take, 1).run, args=(socket, []))
         thread.start()
         assert ask(context, endpoint, b"hello") == [b"hello"]
         answered.set()
@@ -61,12 +61,12 @@ def test_what_taking_raises_ends_it_when_the_reply_is_on_its_way(context: Contex
         raise BrokenPipeError
 
     with open_socket(context, zmq.REP) as socket, bound(socket, "inproc://server") as endpoint:
-        echo = Echo()
+        echo = Echo(take)
         with context.socket(zmq.REQ) as client:
             client.connect(endpoint)
             client.send(b"hello")
             with pytest.raises(BrokenPipeError):
-                echo.run(socket, [], take)
+                echo.run(socket, [])
             assert client.recv() == b"hello"
         assert echo.served == 1
 
@@ -76,7 +76,7 @@ def test_it_serves_what_it_binds_and_what_it_connects_to(context: Context) -> No
     back_end = bind(queue)
     worker = Connection(back_end, lambda: open_socket(context, zmq.REP), print)
     with open_socket(context, zmq.REP) as socket, bound(socket, "inproc://server") as endpoint:
-        thread = threading.Thread(target=Echo().run, args=(socket, [worker], lambda _frames: None, 2))
+        thread = threading.Thread(target=Echo(count=2).run, args=(socket, [worker]))
         thread.start()
         assert ask(context, endpoint, b"direct") == [b"direct"]
         queue.send_multipart([b"", b"queued"])

@@ -196,7 +196,7 @@ def serve(
     output = console.Output(b"\0" if null else b"\n")
 
     with ExitStack() as stack:
-        echo = Echo()
+        echo = Echo(None if quiet else output.write, count)
         stack.enter_context(echo.stopped_by_signals())
         context: Context = zmq.Context(1 + len(connect))
         stack.callback(flush, context)
@@ -212,7 +212,7 @@ def serve(
                 console.tell(
                     f"warning: anyone who can reach {real} can use it; close it by --key and --client-keys", "yellow"
                 )
-        echo.run(listener if bind else None, workers, None if quiet else output.write, count)
+        echo.run(listener if bind else None, workers)
         console.tell(f"{echo.served} request{'s' * (echo.served != 1)} served")
 
 

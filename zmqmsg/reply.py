@@ -16,6 +16,9 @@ from zmqmsg.sockets import NOW, Context, Socket
 FLUSH_LIMIT = 5000
 """Milliseconds that the last replies have to reach their clients: the linger of a REP socket."""
 
+RAPID = 20
+"""Milliseconds within which requests follow each other in quick succession."""
+
 LARGE = 4096
 """Bytes from which on a message is echoed faster as a Frame, without copying."""
 
@@ -46,10 +49,11 @@ class Echo:
     ``served`` counts the requests that were answered.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, take: Take | None = None, count: int | None = None) -> None:
+        """Answer ``count`` requests, and give the frames of each to ``take`` after that, as bytes or Frames."""
         self.served = 0
-        self._take: Take | None = None
-        self._count: int | None = None
+        self._take = take
+        self._count = count
         self._stopping = False
         self._taking = False
         # Small requests in quick succession are copied, all others are not: so a large one takes its memory once. To
@@ -57,22 +61,16 @@ class Echo:
         self._copying = False
         self._signals: list[int] = []
 
-    def run(
-        self,
-        bound: Socket | None,
-        connections: Sequence[Connection],
-        take: Take | None = None,
-        count: int | None = None,
-    ) -> None:
+    def run(self, bound: Socket | None, connections: Sequence[Connection]) -> None:
         """Echo what comes to the socket ``bound``, and over ``connections`` as a worker of what is at their end.
 
-        Each request is answered first and then given to ``take``, as bytes or Frames. What that raises ends it, as
-        ``count`` requests or a signal do.
+        ``count`` requests end it, a signal, or what ``take`` raises.
         """
-        self._take, self._count = take, count
+        if bound:
+            bound.rcvtimeo = RAPID
         with suppress(Stuck):
             while not self._stopping:
-                # While requests follow each other within RCVTIMEO, waiting in recv saves polling.
+                # In quick succession, waiting in recv takes one system call, and polling six.
                 if bound and not connections and self._answer(bound, 0):
                     continue
                 for socket in self._wait(bound, connections):

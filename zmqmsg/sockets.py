@@ -18,9 +18,6 @@ NOW = int(zmq.NOBLOCK)  # arithmetic with the enum itself is slow
 HANDSHAKE_LIMIT = 5.0
 """Seconds that a peer has to finish its handshake before libzmq drops the connection."""
 
-BRIEF = 0.02
-"""Seconds that receiving waits at the most, unless it is told otherwise."""
-
 _TCP = re.compile(r"tcp://([\w.%-]+;)?(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
 _REASONS = {
@@ -84,7 +81,6 @@ def open_socket(
     """
     socket = context.socket(socket_type)
     socket.linger = linger
-    socket.rcvtimeo = int(BRIEF * 1000)
     socket.affinity = 1 << thread % 64
     socket.maxmsgsize = max_size
     socket.handshake_ivl = int(HANDSHAKE_LIMIT * 1000)
