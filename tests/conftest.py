@@ -176,6 +176,31 @@ def free_endpoint() -> str:
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
+@contextmanager
+def listening(talk: Callable[[socket.socket], object]) -> Iterator[str]:
+    """Listen, let ``talk`` deal with one connection after the other and close it; the context gets the endpoint."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            while True:
+                try:
+                    connection, _address = listener.accept()
+                except OSError:
+                    return
+                with connection, suppress(OSError):
+                    connection.settimeout(LIMIT)
+                    talk(connection)
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        try:
+            yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(2 * LIMIT)
+            assert not thread.is_alive()
+
+
 def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0.0.1:*") -> tuple[Socket, str]:
     """Bind a plain socket of pyzmq that does not wait for ever; return it and its real endpoint."""
     server = context.socket(socket_type)

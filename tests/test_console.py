@@ -515,30 +515,33 @@ def read_slowly(reader: int, size: int) -> bytes:
 MESSAGES = [b"".join(b"line %d\n" % number for number in range(2000)), os.urandom(100_000).replace(b"\n", b"") + b"\n"]
 
 
-@pytest.mark.parametrize("lines", MESSAGES, ids=["short", "long"])
-def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_every_reply_once(
-    echo: str, start: Start, tmp_path: Path, lines: bytes
-) -> None:
+@pytest.fixture(params=MESSAGES, ids=["short", "long"])
+def lines(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "lines"
-    path.write_bytes(lines)
-    with pipe_that_does_not_block() as (reader, writer), path.open("rb") as file:
+    path.write_bytes(request.param)
+    return path
+
+
+def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_every_reply_once(
+    echo: str, start: Start, lines: Path
+) -> None:
+    expected = lines.read_bytes()
+    with pipe_that_does_not_block() as (reader, writer), lines.open("rb") as file:
         client = start("send", "--connect", echo, stdin=file, stdout=writer)
-        assert read_slowly(reader, len(lines)) == lines
+        assert read_slowly(reader, len(expected)) == expected
         assert client.wait() == 0
         assert in_pipe(reader) == 0
         assert client.notices == ["(end)"]
 
 
-@pytest.mark.parametrize("lines", MESSAGES, ids=["short", "long"])
 def test_a_slow_reader_of_a_pipe_that_does_not_block_gets_every_request_once(
-    serve: Serve, start: Start, tmp_path: Path, lines: bytes
+    serve: Serve, start: Start, lines: Path
 ) -> None:
-    path = tmp_path / "lines"
-    path.write_bytes(lines)
-    with pipe_that_does_not_block() as (reader, writer), path.open("rb") as file:
-        server, endpoint = serve("--count", str(lines.count(b"\n")), stdout=writer)
+    expected = lines.read_bytes()
+    with pipe_that_does_not_block() as (reader, writer), lines.open("rb") as file:
+        server, endpoint = serve("--count", str(expected.count(b"\n")), stdout=writer)
         client = start("send", "--connect", endpoint, stdin=file, stdout=subprocess.DEVNULL)
-        assert read_slowly(reader, len(lines)) == lines
+        assert read_slowly(reader, len(expected)) == expected
         assert (client.wait(), server.wait()) == (0, 0)
         assert in_pipe(reader) == 0
 

@@ -15,7 +15,7 @@ import zmq
 
 from zmqmsg.sockets import Context
 
-from conftest import LIMIT, Process, bind, free_endpoint, open_server, until
+from conftest import LIMIT, Process, bind, free_endpoint, listening, open_server, until
 
 Start = Callable[..., Process]
 Serve = Callable[..., tuple[Process, str]]
@@ -24,27 +24,6 @@ Talk = Callable[[socket.socket], None]
 
 SOON = 5
 """Seconds within which the user is told of what takes a second, on a busy machine."""
-
-
-@contextmanager
-def listening(talk: Talk) -> Iterator[str]:
-    """Listen, let ``talk`` deal with one connection after the other, and give the endpoint."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-
-        def accept() -> None:
-            with suppress(OSError):
-                while True:
-                    connection, _address = listener.accept()
-                    with connection, suppress(ConnectionError):
-                        talk(connection)
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        try:
-            yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
-        finally:
-            listener.shutdown(socket.SHUT_RDWR)
-            thread.join(LIMIT)
 
 
 def refuse_as_http(connection: socket.socket) -> None:

@@ -17,7 +17,7 @@ import zmq
 from zmqmsg.curve import Keys
 from zmqmsg.sockets import HANDSHAKE_LIMIT, Context
 
-from conftest import LIMIT, Process, bind, descriptors
+from conftest import LIMIT, Process, bind, descriptors, listening
 
 Serve = Callable[..., tuple[Process, str]]
 Start = Callable[..., Process]
@@ -432,31 +432,6 @@ def test_a_reply_that_a_stranger_makes_the_server_drop_is_had_by_another_attempt
 # Against send
 
 
-@contextmanager
-def answering(answer: Callable[[socket.socket], object]) -> Iterator[str]:
-    """Listen, let ``answer`` deal with each connection and close it; the context gets the endpoint."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-
-        def accept() -> None:
-            while True:
-                try:
-                    connection, _address = server.accept()
-                except OSError:
-                    return
-                with connection, suppress(OSError):
-                    connection.settimeout(LIMIT)
-                    answer(connection)
-
-        thread = threading.Thread(target=accept)
-        thread.start()
-        try:
-            yield f"tcp://127.0.0.1:{server.getsockname()[1]}"
-        finally:
-            server.shutdown(socket.SHUT_RDWR)
-            thread.join(2 * LIMIT)
-            assert not thread.is_alive()
-
-
 def saying(rubbish: bytes) -> Callable[[socket.socket], None]:
     """Say ``rubbish``, hear what comes, and hang up."""
 
@@ -495,14 +470,14 @@ ANSWERS = {
 
 
 def test_the_server_that_replies_by_hand_would_be_understood_if_it_were_right(start: Start) -> None:
-    with answering(replying(request(b"hello", b"again"))) as endpoint:
+    with listening(replying(request(b"hello", b"again"))) as endpoint:
         assert start("send", "-c", endpoint, "-r", "0", "hello").finish()[:2] == (0, b"hello\nagain\n")
 
 
 def test_a_server_that_answers_badly_is_an_error_and_prints_nothing(start: Start) -> None:
     with ExitStack() as stack:
         clients = {
-            what: start("send", "-c", stack.enter_context(answering(answer)), "-t", "1", "-r", "1", "hello")
+            what: start("send", "-c", stack.enter_context(listening(answer)), "-t", "1", "-r", "1", "hello")
             for what, answer in ANSWERS.items()
         }
         ends = {what: client.finish() for what, client in clients.items()}
@@ -525,7 +500,7 @@ def test_a_reply_that_is_too_large_is_not_held(start: Start) -> None:
             connection.sendall(bytes(1 << 20))
             sent[-1] += 1 << 20
 
-    with answering(answer) as endpoint:
+    with listening(answer) as endpoint:
         client = start("send", "-c", endpoint, "-t", str(LIMIT), "-r", "12", "hello")
         client.wait_for_notice(r"trying again \(3 of 12\)")
         most = memory(client, "VmHWM")
