@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +21,11 @@ from zmqmsg.sockets import Context, Socket, bound, open_socket
 COMMAND = [sys.executable, "-m", "zmqmsg"]
 LIMIT = 20
 """Seconds after which something that should have happened will not."""
+
+
+def pytest_configure() -> None:
+    # A shell has its background jobs ignore Ctrl-C, and all that they start would do so as well.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class Process:
