@@ -120,8 +120,11 @@ def test_a_command_loads_only_what_it_needs(serve: Callable[..., tuple[Process, 
 
 
 def loaded_by(*arguments: str) -> set[str]:
-    """Return the names of the modules that are loaded when zmqmsg has run with ``arguments``."""
-    report = "import sys, os; exit = os._exit; os._exit = lambda status: (print(*sys.modules, sep='\\n'), exit(0))"
+    """Return the names of the modules that zmqmsg loads, run with ``arguments``."""
+    report = (
+        "import sys, os; exit = os._exit; before = set(sys.modules);"
+        "os._exit = lambda status: (print(*sys.modules.keys() - before, sep='\\n'), exit(0))"
+    )
     run = "import runpy; runpy.run_module('zmqmsg', run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", f"{report}; {run}", *arguments], capture_output=True, text=True)
     return set(done.stdout.split())
