@@ -1,14 +1,11 @@
 """The command line: options, wiring, exit statuses."""
 
 import math
-import os
 import re
-import signal
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from functools import partial
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -77,7 +74,7 @@ class Messenger(click.Group):
     """A group whose failures all end as one line on standard error and an exit status."""
 
     def main(self, *args: Any, **extra: Any) -> NoReturn:
-        """Run the command line and exit: 0 for success, 1 something failed, 2 wrong usage, 130 interrupted."""
+        """Run the command line and exit: 0 for success, 1 something failed, 2 wrong usage."""
         try:
             status = super().main(*args, **extra | {"standalone_mode": False}) or 0
         except click.exceptions.NoArgsIsHelpError as error:
@@ -88,19 +85,10 @@ class Messenger(click.Group):
             status = error.exit_code
         except BrokenPipeError:
             status = 1
-        except click.Abort:
-            status = 130
         except Exception as error:
             console.tell(getattr(error, "strerror", None) or str(error) or type(error).__name__, "red")
             status = 1
         sys.exit(status)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. On Ctrl-C click itself would write an empty line."""
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt:
-            ctx.exit(130)
 
 
 def _way_out(error: click.ClickException) -> str:
@@ -263,8 +251,6 @@ def send(
     from zmqmsg.request import Requester
     from zmqmsg.sockets import open_socket
 
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _interrupt)
     keys = _load_keys(key, None, server_key, binds=False, connects=True)
     end = b"\0" if null else b"\n"
     output = console.Output(end)
@@ -286,12 +272,6 @@ def send(
             return
         for text in stack.enter_context(closing(console.show_progress(messages, message, file))):
             output.write(requester.ask([text]))
-
-
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
-    """End at once. KeyboardInterrupt would get lost when it comes while pyzmq frees a frame."""
-    console.clear_progress()
-    os._exit(130)
 
 
 def _load_keys(
