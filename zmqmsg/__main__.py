@@ -1,15 +1,14 @@
 """What the console script ``zmqmsg`` and ``python -m zmqmsg`` run."""
 
 import os
-import signal
-from types import FrameType
-from typing import NoReturn
 
 
-def main() -> NoReturn:
+def main() -> None:
     """Run the command line and end the process with its exit status."""
     try:
         # Imported here, so that Ctrl-C during the imports is met below.
+        import signal
+
         from zmqmsg.cli import cli
 
         # Otherwise it is ignored, as in a background job of a shell.
@@ -25,7 +24,7 @@ def main() -> NoReturn:
     os._exit(status)
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> NoReturn:
+def _interrupt(_number: int, _frame: object) -> None:
     """End at once. KeyboardInterrupt would get lost when it comes while pyzmq frees a frame."""
     from zmqmsg.console import clear_progress
 
