@@ -132,9 +132,14 @@ def test_workers_behind_a_queue_share_the_requests_of_several_senders(context: C
             front.close()
             back.close()
 
+    with back.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED) as monitor:
+        workers = [start("serve", "--connect", back_end) for _ in range(3)]
+        for _ in workers:
+            assert monitor.poll(LIMIT * 1000)
+            monitor.recv_multipart()
+        back.disable_monitor()
     thread = threading.Thread(target=forward)
     thread.start()
-    workers = [start("serve", "--connect", back_end) for _ in range(3)]
     senders = [start("send", "--connect", front_end) for _ in range(3)]
     for number, sender in enumerate(senders):
         for line in range(20):
