@@ -1,4 +1,5 @@
 import http.server
+import os
 import re
 import signal
 import socket
@@ -280,7 +281,31 @@ def test_a_signal_ends_serve_though_its_output_blocks(serve: Serve, send: Send, 
     assert send("--connect", endpoint, message).returncode == 0
     server.signal(number)
     assert server.wait(SOON) == 0
-    assert server.notices[-2] == "zmqmsg: 1 request served"
+    assert server.notices[-3:-1] == [
+        "zmqmsg: standard output blocks: the last request is not wholly printed",
+        "zmqmsg: 1 request served",
+    ]
+
+
+def test_a_signal_ends_serve_though_its_notices_block_as_well(start: Start, send: Send) -> None:
+    server = start("serve", "--bind", "tcp://127.0.0.1:*", stderr=subprocess.STDOUT)
+    endpoint = server.read_line().split()[-1]
+    assert send("--connect", endpoint, "x" * 100_000).returncode == 0
+    server.signal(signal.SIGTERM)
+    assert server.wait(SOON) == 0
+
+
+def test_a_signal_lets_a_slow_reader_of_serve_have_all(serve: Serve, send: Send) -> None:
+    server, endpoint = serve()
+    message = b"x" * 2_000_000
+    assert send("--connect", endpoint, "--file", "-", input=message).returncode == 0
+    server.signal(signal.SIGTERM)
+    assert server.popen.stdout
+    read = b""
+    while chunk := os.read(server.popen.stdout.fileno(), 65536):
+        read += chunk
+        time.sleep(0.1)
+    assert (server.wait(), read) == (0, message + b"\n")
 
 
 def test_a_second_signal_ends_serve_at_once(serve: Serve, send: Send) -> None:

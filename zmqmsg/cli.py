@@ -4,7 +4,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -176,7 +176,7 @@ def serve(
     """
     import zmq
 
-    from zmqmsg.reply import FLUSH_LIMIT, Echo, flush
+    from zmqmsg.reply import FLUSH_LIMIT, Echo, Stuck, flush
     from zmqmsg.sockets import bound, is_local, open_socket
 
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
@@ -184,7 +184,7 @@ def serve(
     output = console.Output(b"\0" if null else b"\n")
 
     with ExitStack() as stack:
-        echo = Echo(None if quiet else output.write, count)
+        echo = Echo(None if quiet else output.write, count, lambda: output.written)
         stack.enter_context(echo.stopped_by_signals())
         context: Context = zmq.Context(1 + len(connect))
         stack.callback(flush, context)
@@ -200,8 +200,12 @@ def serve(
                 console.tell(
                     f"warning: anyone who can reach {real} can use it; close it by --key and --client-keys", "yellow"
                 )
-        echo.run(listener if bind else None, workers)
-        console.tell(f"{echo.served} request{'s' * (echo.served != 1)} served")
+        with suppress(Stuck):
+            try:
+                echo.run(listener if bind else None, workers)
+            except Stuck:
+                echo.hand_over("standard output blocks: the last request is not wholly printed", console.tell)
+            echo.hand_over(f"{echo.served} request{'s' * (echo.served != 1)} served", console.tell)
 
 
 @cli.command()

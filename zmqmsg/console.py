@@ -45,10 +45,14 @@ def tell(text: str, colour: str = "cyan") -> None:
 
 
 class Output:
-    """Standard output: frames as raw bytes, or as readable text if it is a terminal, each written at once."""
+    """Standard output: frames as raw bytes, or as readable text if it is a terminal, each written at once.
+
+    ``written`` grows while what does not go out at once goes out in parts.
+    """
 
     def __init__(self, end: bytes) -> None:
         """Write ``end`` after each frame."""
+        self.written = 0
         self._end = end
         self._stream = _raw(sys.stdout)
         self._terminal = _is_terminal(sys.stdout)
@@ -79,6 +83,7 @@ class Output:
             if written is None:  # a non-blocking descriptor takes no more for now
                 select.select([], [self._stream], [], 1)
             else:
+                self.written += written
                 data = memoryview(data)[written:]
 
 

@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
 from typing import Any
@@ -22,15 +22,12 @@ RAPID = 20
 LARGE = 4096
 """Bytes from which on a message is echoed faster as a Frame, without copying."""
 
-STUCK = 1.0
-"""Seconds that the output may block after a signal, before printing is given up."""
-
-
-Take = Callable[[list[Any]], None]
+STUCK = 0.5
+"""Seconds between two looks, after a signal to stop, at whether the output gets on; if not, it is given up."""
 
 
 class Stuck(Exception):
-    """The output blocks, and there is a signal to stop."""
+    """The output does not get on, and there was a signal to stop."""
 
 
 def flush(context: Context) -> None:
@@ -49,11 +46,21 @@ class Echo:
     ``served`` counts the requests that were answered.
     """
 
-    def __init__(self, take: Take | None = None, count: int | None = None) -> None:
-        """Answer ``count`` requests, and give the frames of each to ``take`` after that, as bytes or Frames."""
+    def __init__(
+        self,
+        take: Callable[[list[Any]], None] | None = None,
+        count: int | None = None,
+        written: Callable[[], int] = int,
+    ) -> None:
+        """Answer ``count`` requests, and give the frames of each to ``take`` after that, as bytes or Frames.
+
+        ``written``: how many bytes of that have got out so far.
+        """
         self.served = 0
         self._take = take
         self._count = count
+        self._written = written
+        self._written_before = -1
         self._stopping = False
         self._taking = False
         # Small requests in quick succession are copied, all others are not: so a large one takes its memory once. To
@@ -64,18 +71,17 @@ class Echo:
     def run(self, bound: Socket | None, connections: Sequence[Connection]) -> None:
         """Echo what comes to the socket ``bound``, and over ``connections`` as a worker of what is at their end.
 
-        ``count`` requests end it, a signal, or what ``take`` raises.
+        ``count`` requests end it, a signal, or what ``take`` raises. Raises Stuck as ``hand_over()`` does.
         """
         if bound:
             bound.rcvtimeo = RAPID
-        with suppress(Stuck):
-            while not self._stopping:
-                # In quick succession, waiting in recv takes one system call, and polling six.
-                if bound and not connections and self._answer(bound, 0):
-                    continue
-                for socket in self._wait(bound, connections):
-                    if not self._stopping:
-                        self._answer(socket, NOW)
+        while not self._stopping:
+            # In quick succession, waiting in recv takes one system call, and polling six.
+            if bound and not connections and self._answer(bound, 0):
+                continue
+            for socket in self._wait(bound, connections):
+                if not self._stopping:
+                    self._answer(socket, NOW)
 
     def _wait(self, bound: Socket | None, connections: Sequence[Connection]) -> list[Socket]:
         """Wait for requests, keeping up with the connections, and return the sockets that may have some."""
@@ -108,18 +114,23 @@ class Echo:
         if self.served == self._count:
             self._stopping = True
         if self._take:
-            self._taking = True
-            try:
-                self._take(frames)
-            finally:
-                self._taking = False
+            self.hand_over(frames, self._take)
         return True
+
+    def hand_over(self, what: Any, take: Callable[[Any], None]) -> None:
+        """Give ``what`` to ``take``. Raises Stuck if that blocks when there was a signal to stop."""
+        self._taking = True
+        try:
+            take(what)
+        finally:
+            self._taking = False
 
     @contextmanager
     def stopped_by_signals(self) -> Iterator[None]:
         """Let SIGINT and SIGTERM end ``run()`` after the request in hand; a second one ends the process."""
-        handlers = {signal.SIGINT: self._stop, signal.SIGTERM: self._stop, signal.SIGALRM: self._give_up}
-        previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        previous = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)}
+        signal.signal(signal.SIGINT, self._stop)
+        signal.signal(signal.SIGTERM, self._stop)
         # What a signal writes to it ends polling, also when it comes just before.
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -138,9 +149,14 @@ class Echo:
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, self._look)
         signal.setitimer(signal.ITIMER_REAL, STUCK, STUCK)
         self._stopping = True
 
-    def _give_up(self, _number: int, _frame: FrameType | None) -> None:
-        if self._taking:
+    def _look(self, _number: int, _frame: FrameType | None) -> None:
+        if not self._taking:
+            return
+        before, self._written_before = self._written_before, self._written()
+        # What the interrupted write itself has got out is counted only the next time.
+        if before == self._written_before:
             raise Stuck
