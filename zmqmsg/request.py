@@ -202,11 +202,7 @@ def _receive(socket: Socket) -> list[zmq.Frame]:
         frame = socket.recv(NOW, copy=False)
     except zmq.Again:
         return []
-    frames = [frame]
-    while frame.more:
-        frame = socket.recv(copy=False)
-        frames.append(frame)
-    return frames
+    return [frame, *socket.recv_multipart(copy=False)] if frame.more else [frame]
 
 
 def _quote(frames: Sequence[bytes]) -> str:
