@@ -21,7 +21,6 @@ from conftest import LIMIT, Process, bind, free_endpoint, listening, open_server
 Start = Callable[..., Process]
 Serve = Callable[..., tuple[Process, str]]
 Send = Callable[..., subprocess.CompletedProcess[bytes]]
-Talk = Callable[[socket.socket], None]
 
 SOON = 5
 """Seconds within which the user is told of what takes a second, on a busy machine."""

@@ -15,6 +15,7 @@ import zmq
 from zmqmsg.sockets import Context
 
 from conftest import LIMIT, Process, bind
+from zmtp import greeting, ready, request
 
 Serve = Callable[..., tuple[Process, str]]
 Send = Callable[..., subprocess.CompletedProcess[bytes]]
@@ -63,14 +64,12 @@ def test_a_signal_ends_a_worker_that_waits_for_its_queue(start: Start) -> None:
 def test_a_signal_lets_the_last_reply_of_count_reach_its_client(context: Context, serve: Serve, number: int) -> None:
     server, endpoint = serve("--quiet", "--count", "1")
     with socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2]))) as client:
-        greeting = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(48)
-        ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x03REQ"
-        client.sendall(greeting + b"\x04" + bytes([len(ready)]) + ready)
+        client.sendall(greeting() + ready(b"REQ"))
         size = 30_000_000  # more than the system's buffers hold
         heard = client.makefile("rb")
-        heard.read(len(greeting))
+        heard.read(len(greeting()))
         heard.read(heard.read(2)[1])
-        client.sendall(b"\x01\x00\x02" + size.to_bytes(8) + bytes(size))
+        client.sendall(request(bytes(size)))
         server.wait_for_notice("1 request served")
         server.signal(number)
         assert heard.read(3 + 8) == b"\x01\x00\x02" + size.to_bytes(8)

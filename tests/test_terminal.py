@@ -11,7 +11,6 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -346,10 +345,8 @@ def test_a_notice_clears_the_progress_bar_and_so_does_a_failure(
 def test_ctrl_c_clears_the_progress_bar(context: Context, start: Start, terminal: Terminal, long_file: Path) -> None:
     with long_file.open("rb") as file:
         streams = {"stdin": file, "stdout": subprocess.DEVNULL, "stderr": terminal.end}
-        # What a shell starts in the background ignores Ctrl-C, and so does what that starts.
-        heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         endpoint = bind(context.socket(zmq.REP))
-        client = start("send", "--connect", endpoint, env=ENVIRONMENT, preexec_fn=heed, **streams)
+        client = start("send", "--connect", endpoint, env=ENVIRONMENT, **streams)
     terminal.read_until(b"0%")
     client.signal(signal.SIGINT)
     assert client.wait() == 130
