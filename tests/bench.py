@@ -4,6 +4,7 @@ Each WORD chooses the rows whose name contains it. The sides of a row take turns
 median of those of the single rounds. ``--full`` streams a million messages. Needs Linux.
 """
 
+import compileall
 import os
 import select
 import shutil
@@ -227,6 +228,38 @@ def measure_message_with_curve() -> Results:
     yield Result("µs", ours, "without", theirs)
 
 
+def measure_quoted_message() -> Results:
+    with serving(ECHO) as (endpoint, _):
+        sides: list[list[object]] = [[*SEND, endpoint, "--quoted"], [*SEND, endpoint]]
+        ours, theirs = take_turns(*(partial(time_message, side) for side in sides))
+    yield Result("µs", ours, "without", theirs, "<= 1.15")
+
+
+def measure_reply() -> Results:
+    sides = (partial(count_requests, [*QUIET, *options], 16) for options in (["--reply", "hello"], []))
+    ours, theirs = take_turns(*sides, rounds=9)
+    yield Result("requests/s", ours, "echo", theirs, ">= 0.95")
+
+
+def measure_exec() -> Results:
+    with serving([*QUIET, "--exec", "cat"]) as (command, _), serving(QUIET) as (echo, _):
+        ours, theirs = take_turns(*(partial(time_request, endpoint) for endpoint in (command, echo)))
+    yield Result("ms", ours, "echo", theirs)
+
+
+def time_request(endpoint: str, count: int = 50) -> float:
+    """Return the milliseconds of a request and its reply."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as client:
+        client.linger = 0
+        client.connect(endpoint)
+        for number in range(count + 1):
+            if number == 1:
+                started = time.perf_counter()
+            client.send(b"hello")
+            assert client.recv() == b"hello"
+        return (time.perf_counter() - started) * 1000 / count
+
+
 def measure_start() -> Results:
     script = Path(sys.executable).with_name("zmqmsg")
     nngcat, free = shutil.which("nngcat"), find_free_endpoint()
@@ -355,12 +388,15 @@ ROWS: dict[str, Callable[[], Results]] = {
     "send, a message": measure_message,
     "send, a message, one core": measure_message_on_one_core,
     "send, a message, CURVE": measure_message_with_curve,
+    "send --quoted, a message": measure_quoted_message,
     "send hi, whole process": measure_start,
     **{
         f"serve {'--quiet' if quiet else '> file'}, clients: {clients}": partial(measure_serve, clients, quiet)
         for quiet in (True, False)
         for clients in (1, 16, 64, 256)
     },
+    "serve --reply, clients: 16": measure_reply,
+    "serve --exec cat, a request": measure_exec,
     "serve, 64 MiB": measure_large,
     f"memory grown in {STREAM:,} messages, ": measure_stream,
     "CPU of an idle ": measure_idle,
@@ -375,6 +411,7 @@ def give_up(*_signal: object) -> None:
 def main() -> None:
     """Measure, and print the table."""
     signal.signal(signal.SIGALRM, give_up)
+    compileall.compile_dir(Path(__file__).parent.parent / "zmqmsg", quiet=1)  # as an installation does
     words = [word for word in sys.argv[1:] if word != "--full"]
     lines: list[tuple[str, ...]] = [("work", "unit", "zmqmsg", "against", "", "ratio", "limit")]
     for name, measure in ROWS.items():

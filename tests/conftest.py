@@ -10,15 +10,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import zmq
 
-from zmqmsg.reply import Echo
+from zmqmsg.monitor import Connections
+from zmqmsg.serve import Server
 from zmqmsg.sockets import Context, Socket, bound, open_socket
 
 COMMAND = [sys.executable, "-m", "zmqmsg"]
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 LIMIT = 20
 """Seconds after which something that should have happened will not."""
 
@@ -26,6 +29,11 @@ LIMIT = 20
 def pytest_configure() -> None:
     # A shell has its background jobs ignore Ctrl-C, and all that they start would do so as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+Start = Callable[..., "Process"]
+Serve = Callable[..., tuple["Process", str]]
+Send = Callable[..., subprocess.CompletedProcess[bytes]]
 
 
 class Process:
@@ -49,6 +57,10 @@ class Process:
         with self._more:
             self.notices.append("(end)")
             self._more.notify_all()
+
+    @property
+    def pid(self) -> int:
+        return self.popen.pid
 
     def wait_for_notice(self, pattern: str, limit: float = LIMIT) -> re.Match[str]:
         """Return the first match of ``pattern`` in standard error, now or later."""
@@ -102,7 +114,7 @@ class Process:
 
 
 @pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
+def start() -> Iterator[Start]:
     """Start zmqmsg with arguments; it is ended after the test."""
     with ExitStack() as stack:
 
@@ -115,13 +127,13 @@ def start() -> Iterator[Callable[..., Process]]:
 
 
 @pytest.fixture
-def serve(start: Callable[..., Process]) -> Callable[..., tuple[Process, str]]:
+def serve(start: Start) -> Serve:
     """Start ``zmqmsg serve`` with further arguments, on a free port unless they bind; return it and its endpoint."""
 
     def serve(*arguments: str | bytes, **options: Any) -> tuple[Process, str]:
         bind = [] if "--bind" in arguments else ["--bind", "tcp://127.0.0.1:*"]
         process = start("serve", *bind, *arguments, **options)
-        return process, process.wait_for_notice("listening on (.*)")[1]
+        return process, process.wait_for_notice("listening on (tcp:.*|ipc:.*|all addresses, port.*)")[1]
 
     return serve
 
@@ -130,12 +142,12 @@ def serve(start: Callable[..., Process]) -> Callable[..., tuple[Process, str]]:
 def echo() -> Iterator[str]:
     """Let one server, which prints nothing, run for all tests that want no more of it; return its endpoint."""
     server = Process("serve", "--quiet", "--bind", "tcp://127.0.0.1:*")
-    yield server.wait_for_notice("listening on (.*)")[1]
+    yield server.wait_for_notice("listening on (tcp:.*|ipc:.*|all addresses, port.*)")[1]
     server.close()
 
 
 @pytest.fixture
-def send() -> Callable[..., subprocess.CompletedProcess[bytes]]:
+def send() -> Send:
     """Run ``zmqmsg send`` to its end with further arguments, and return how it ended."""
 
     def send(*arguments: str | bytes, **options: Any) -> subprocess.CompletedProcess[bytes]:
@@ -169,42 +181,119 @@ def bind(socket: Socket, endpoint: str = "tcp://127.0.0.1:*") -> str:
             return cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
 
 
-def until(condition: Callable[[], object]) -> None:
+def until(condition: Callable[[], object], explain: Callable[[], object] = str) -> None:
     """Wait for ``condition`` where nothing tells of it."""
     end = time.monotonic() + LIMIT
     while not condition():
-        assert time.monotonic() < end
+        assert time.monotonic() < end, explain()
         time.sleep(0.005)
 
 
 def free_endpoint() -> str:
+    """Return an endpoint where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         return f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
 
+def address(endpoint: str) -> tuple[str, int]:
+    """Return the host and the port of an endpoint."""
+    host, _, port = endpoint.removeprefix("tcp://").rpartition(":")
+    return host, int(port)
+
+
 @contextmanager
-def listening(talk: Callable[[socket.socket], object]) -> Iterator[str]:
-    """Listen, let ``talk`` deal with one connection after the other and close it; the context gets the endpoint."""
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+def listening(talk: Callable[[socket.socket], object], endpoint: str = "tcp://127.0.0.1:0") -> Iterator[str]:
+    """Listen, and let ``talk`` deal with each connection in a thread, and close it; the context gets the endpoint."""
+    connections: list[socket.socket] = []
+    threads: list[threading.Thread] = []
 
-        def accept() -> None:
-            while True:
-                try:
-                    connection, _address = listener.accept()
-                except OSError:
-                    return
-                with connection, suppress(OSError):
-                    connection.settimeout(LIMIT)
-                    talk(connection)
+    def deal(connection: socket.socket) -> None:
+        with connection, suppress(OSError):
+            talk(connection)
 
-        thread = threading.Thread(target=accept)
-        thread.start()
+    def accept() -> None:
+        while True:
+            try:
+                connection, _address = listener.accept()
+            except OSError:
+                return
+            connection.settimeout(LIMIT)
+            connections.append(connection)
+            threads.append(threading.Thread(target=deal, args=(connection,)))
+            threads[-1].start()
+
+    with socket.create_server(address(endpoint)) as listener:
+        acceptor = threading.Thread(target=accept)
+        acceptor.start()
         try:
             yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             listener.shutdown(socket.SHUT_RDWR)
-            thread.join(2 * LIMIT)
-            assert not thread.is_alive()
+            acceptor.join(LIMIT)
+            for connection in connections:
+                with suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join(LIMIT)
+                assert not thread.is_alive()
+
+
+Forward = Callable[[bytes, socket.socket, bool], object]
+"""Passes on data that a relay has read: ``(data, target, upstream)``, upstream meaning towards the server."""
+
+
+@contextmanager
+def relay(
+    endpoint: str, forward: Forward = lambda data, target, upstream: target.sendall(data), chunk: int = 65536
+) -> Iterator[str]:
+    """Relay TCP connections to ``endpoint``, through ``forward``; the context gets where to connect instead.
+
+    What ``forward`` raises as OSError, or the end of either side, ends the connection.
+    """
+
+    def pump(source: socket.socket, target: socket.socket, upstream: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(chunk):
+                forward(data, target, upstream)
+        for end in (source, target):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def talk(near: socket.socket) -> None:
+        with socket.create_connection(address(endpoint), LIMIT) as far:
+            back = threading.Thread(target=pump, args=(far, near, False))
+            back.start()
+            pump(near, far, True)
+            back.join(LIMIT)
+
+    with listening(talk) as here:
+        yield here
+
+
+@contextmanager
+def broker(
+    front_endpoint: str = "tcp://127.0.0.1:*",
+    back_endpoint: str = "tcp://127.0.0.1:*",
+    secure: Callable[[Socket], object] = lambda socket: None,
+) -> Iterator[tuple[str, str]]:
+    """Run a ROUTER/DEALER broker; the context gets its endpoints, for clients and for workers."""
+    context: Context = zmq.Context()
+    front, back = context.socket(zmq.ROUTER), context.socket(zmq.DEALER)
+    secure(front)
+    secure(back)
+    endpoints = bind(front, front_endpoint), bind(back, back_endpoint)
+
+    def run() -> None:
+        with front, back, suppress(zmq.ContextTerminated):
+            zmq.proxy(front, back)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        yield endpoints
+    finally:
+        context.term()
+        thread.join(LIMIT)
 
 
 def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0.0.1:*") -> tuple[Socket, str]:
@@ -215,18 +304,37 @@ def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0
 
 
 @contextmanager
-def echoing(context: Context, endpoint: str, count: int) -> Iterator[tuple[str, list[list[bytes]]]]:
-    """Echo ``count`` requests in a thread; the context gets the real endpoint and the requests taken so far."""
-    taken: list[list[bytes]] = []
+def echoing(context: Context, endpoint: str, count: int) -> Iterator[str]:
+    """Let a Server echo ``count`` requests in a thread; the context gets the real endpoint."""
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        echo = Echo(lambda frames: taken.append([bytes(frame) for frame in frames]), count)
-        thread = threading.Thread(target=echo.run, args=(socket, []))
+        server = Server([socket], Connections((), open_socket), lambda request: request, count=count)
+        thread = threading.Thread(target=server.run)
         thread.start()
-        yield real, taken
+        yield real
         thread.join(LIMIT)
-        assert not thread.is_alive(), f"{count} requests were expected, {echo.served} came"
+        assert not thread.is_alive(), f"{count} requests were expected, {server.served} came"
+
+
+# What Linux tells of a process
+
+
+def memory(pid: int, field: str = "VmRSS") -> int:
+    """Return a field of the process's status, in KiB."""
+    return int(Path(f"/proc/{pid}/status").read_text().partition(f"{field}:")[2].split()[0])
 
 
 def descriptors(pid: int) -> int:
     """Return how many file descriptors the process has open."""
     return len(os.listdir(f"/proc/{pid}/fd"))
+
+
+def processor_time(pid: int) -> float:
+    """Return the seconds of processor time that the process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def catches(pid: int, number: int) -> bool:
+    """Return whether the process has a handler for the signal."""
+    caught = int(Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0], 16)
+    return bool(caught >> (number - 1) & 1)

@@ -1,130 +1,165 @@
+"""The command line: wrong usage, help, options from the environment, and what is imported for them."""
+
+import os
+import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from click.testing import CliRunner
+import zmq
+import zmq.auth
 
 from zmqmsg.cli import cli
 
-from conftest import COMMAND, Process
+from conftest import COMMAND, LIMIT, Serve
 
-Send = Callable[..., subprocess.CompletedProcess[bytes]]
+PROFILE = {"PYTHONPROFILEIMPORTTIME": "1"}
+"""Lets Python say on standard error what it imports."""
 
 
-def run(*arguments: str, **options: Any) -> tuple[int, str]:
-    """Run the command line in this process, and return its exit status and what it wrote to standard error."""
-    result = CliRunner().invoke(cli, arguments, prog_name="zmqmsg", **options)
-    assert not result.stdout
-    return result.exit_code, result.stderr
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run zmqmsg to its end, with further variables in its environment."""
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        env=os.environ | environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["send", "-c", "localhost:5555"], ["'localhost:5555'", "tcp://127.0.0.1:5555", "zmqmsg send --help"]),
-        (["send", "-c", "tcp://*:5555"], ["'tcp://*:5555'", "wildcard"]),
-        (["send", "-c", "inproc://here"], ["'inproc://here'", "its own process"]),
-        (["serve", "-b", "tcp://127.0.0.1:99999"], ["'tcp://127.0.0.1:99999'", "65535"]),
-        (["serve", "-b", ""], ["''", "tcp://127.0.0.1:5555"]),
-        (["serve", "-n", "0"], ["'-n'", "0"]),
-        (["serve", "--max-size", "0"], ["'0'", "64M"]),
-        (["serve", "--max-size", "12 parsecs"], ["'12 parsecs'", "64M"]),
-        (["send", "--max-size", "-1"], ["'-1'", "64M"]),
-        (["send", "--max-size", "63"], ["'63'", "64 or more"]),
-        (["send", "-t", "0"], ["'0'", "seconds above 0"]),
-        (["send", "-t", "-1"], ["'-1'", "seconds above 0"]),
-        (["send", "-t", "nan"], ["'nan'", "seconds above 0"]),
-        (["send", "-t", "inf"], ["'inf'", "seconds above 0"]),
-        (["send", "-t", "soon"], ["'soon'", "seconds above 0"]),
-        (["send", "-r", "-1"], ["-1", "--retries"]),
-        (["send", "-f", "/nonexistent"], ["/nonexistent", "does not exist"]),
-        (["send", "-f", "/"], ["'/'", "is a directory"]),
-        (["send", "--multi"], ["--multi", "--multipart", "begins with - goes after --"]),
-        (["send", "-1"], ["-1", "begins with - goes after --"]),
-        (["serve", "--conut", "1"], ["--conut", "--count"]),
-        (["sned"], ["sned", "send"]),
-        (["serve", "surplus"], ["surplus"]),
-        (["serve", "--key", "k"], ["--client-keys"]),
-        (["serve", "--client-keys", "k"], ["--key"]),
-        (["serve", "--connect", "tcp://127.0.0.1:1", "--key", "k"], ["--server-key"]),
-        (["serve", "--key", "k", "--client-keys", "c", "--server-key", "s"], ["--server-key"]),
-        (["send", "--key", "k", "x"], ["--server-key"]),
-        (["send", "--server-key", "k", "x"], ["--key"]),
+        ("send -c localhost:5555", ["'localhost:5555'", "tcp://127.0.0.1:5555", "zmqmsg send --help"]),
+        ("send -c tcp://*:5555", ["'tcp://*:5555'", "wildcard"]),
+        ("send -c inproc://here", ["'inproc://here'", "its own process"]),
+        ("serve -b tcp://127.0.0.1:99999", ["'tcp://127.0.0.1:99999'", "65535"]),
+        ("serve -b ipc://", ["'ipc://'", "ipc:///tmp/"]),
+        ("serve -n 0", ["'--count'", "0", ">=1"]),
+        ("serve --max-size 12parsecs", ["'12parsecs'", "64M"]),
+        ("send --max-size 511", ["'511'", "512 or more"]),
+        ("send -t 0", ["'--timeout'", "0", ">0"]),
+        ("send -t soon", ["'--timeout'", "'soon'"]),
+        ("send -r -1", ["'--retries'", "-1", ">=0"]),
+        ("send -f /missing", ["'--file'", "'/missing'", "does not exist"]),
+        ("send -f /", ["'--file'", "'/'", "is a directory"]),
+        ("send --multi", ["'--multi'", "'--multipart'"]),
+        ("send -1", ["'-1'", "zmqmsg send --help"]),
+        ("serve --conut 1", ["'--conut'", "'--count'"]),
+        ("sned", ["'sned'", "'send'"]),
+        ("serve surplus", ["surplus"]),
+        ("serve --reply a --exec b", ["--reply and --exec"]),
+        ("serve --exec=", ["--exec needs a command", "cat"]),
     ],
 )
-def test_wrong_usage_is_one_line_that_names_the_value_and_the_way_out(arguments: list[str], words: list[str]) -> None:
-    status, error = run(*arguments)
-    assert status == 2
-    assert error.startswith("zmqmsg: ")
-    assert error.count("\n") == 1
-    assert not [word for word in words if word not in error], error
-
-
-def test_no_frames_at_all_are_wrong_usage() -> None:
-    status, error = run("send", "--multipart", input="")
-    assert status == 2
-    assert error.startswith("zmqmsg: --multipart needs at least one message")
-
-
-def test_every_option_can_come_from_the_environment() -> None:
-    for command in cli.commands.values():
-        for option in command.params:
-            if option.param_type_name == "option":
-                name = f"ZMQMSG_{command.name}_{option.name}".upper()
-                assert option.opts[-1] == f"--{option.name}".replace("_", "-")
-                wrong = {name: "/dev/null/wrong"}
-                assert run(str(command.name), env={"ZMQMSG_SEND_TIMEOUT": "0.01"} | wrong, input="x\n")[0] == 2, name
-
-
-def test_the_versions_are_those_of_the_tool_and_its_libraries() -> None:
-    printed = CliRunner().invoke(cli, ["--version"]).stdout
-    import zmq
-
-    assert printed.startswith("zmqmsg 1.")
-    assert f"pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}" in printed
-
-
-def test_a_version_in_the_environment_is_not_taken_for_the_option() -> None:
-    assert run("send", "--multipart", input="", env={"ZMQMSG_VERSION": "1"})[0] == 2
+def test_wrong_usage_names_the_value_and_the_way_out(arguments: str, words: list[str]) -> None:
+    done = run(*arguments.split())
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: zmqmsg")
+    assert not [word for word in words if word not in done.stderr], done.stderr
 
 
 def test_without_a_command_there_is_help_and_the_status_of_wrong_usage() -> None:
-    status, error = run()
-    assert status == 2
-    assert "zmqmsg serve" in error
-    assert "Traceback" not in error
+    done = run()
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "zmqmsg serve" in done.stderr
 
 
-@pytest.mark.parametrize("command", [[*COMMAND], [str(Path(sys.executable).parent / "zmqmsg")]])
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [([], "README completion"), (["serve"], "--exec --client-keys Exit 2"), (["send"], "--retries --quoted Exit 3")],
+)
+def test_help_pages_fit_80_columns(command: list[str], words: str, option: str) -> None:
+    done = run(*command, option, COLUMNS="200")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(" ".join(["Usage: zmqmsg", *command, "[OPTIONS]"]))
+    assert not [word for word in words.split() if word not in done.stdout]
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("command", [COMMAND, [str(Path(sys.executable).parent / "zmqmsg")]], ids=["module", "script"])
 def test_the_module_and_the_script_are_the_same(command: list[str]) -> None:
-    done = subprocess.run([*command, "--help"], capture_output=True, check=True)
-    assert b"Usage: zmqmsg [OPTIONS] COMMAND" in done.stdout
-
-
-@pytest.mark.parametrize(("arguments", "needless"), [(["--help"], "zmq"), (["send", "--help"], "zmq")])
-def test_help_loads_no_zeromq(arguments: list[str], needless: str) -> None:
-    assert needless not in loaded_by(*arguments)
-
-
-def test_a_command_loads_only_what_it_needs(serve: Callable[..., tuple[Process, str]]) -> None:
-    _server, endpoint = serve()
-    by_send = loaded_by("send", "--connect", endpoint, "hello")
-    by_serve = loaded_by("serve", "--bind", "nonsense")
-    assert "zmqmsg.request" in by_send
-    for needless in ("asyncio", "zmq.auth", "zmqmsg.reply", "zmqmsg.curve", "importlib.metadata", "socket"):
-        assert needless not in by_send, needless
-    assert "asyncio" not in by_serve
-
-
-def loaded_by(*arguments: str) -> set[str]:
-    """Return the names of the modules that zmqmsg loads, run with ``arguments``."""
-    report = (
-        "import sys, os; exit = os._exit; before = set(sys.modules);"
-        "os._exit = lambda status: (print(*sys.modules.keys() - before, sep='\\n'), exit(0))"
+    version, page = (
+        subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=LIMIT).stdout
+        for arguments in (["--version"], ["send", "--help"])
     )
-    run = "import runpy; runpy.run_module('zmqmsg', run_name='__main__', alter_sys=True)"
-    done = subprocess.run([sys.executable, "-c", f"{report}; {run}", *arguments], capture_output=True, text=True)
-    return set(done.stdout.split())
+    assert re.fullmatch(rf"zmqmsg [0-9.]+, pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}\n", version)
+    assert page == run("send", "--help").stdout
+
+
+# The environment
+
+OPTIONS = [
+    (command.name, option.opts[-1])
+    for command in cli.commands.values()
+    for option in command.params
+    if option.param_type_name == "option"
+]
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_every_option_can_come_from_the_environment(command: str, option: str) -> None:
+    """A value that is wrong for the option, or contradicts another one, is wrong usage."""
+    value = f"ZMQMSG_{command}_{option.removeprefix('--')}".replace("-", "_").upper()
+    other = {"--reply": ["--exec", "cat"], "--exec": ["--reply", "fixed"]}.get(option, [])
+    # Whatever else is right, serve fails with another status.
+    environment = {"ZMQMSG_SERVE_BIND": "ipc:///dev/null/none"} | {value: "/dev/null/wrong"}
+    assert run(command, *other, **environment).returncode == 2
+
+
+def test_the_environment_separates_endpoints_by_spaces_and_files_by_colons(echo: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "one", tmp_path / "two"]
+    for path in paths:
+        path.write_text(path.name)
+    files = ":".join(map(str, paths))
+    done = run("send", ZMQMSG_SEND_CONNECT=f"tcp://127.0.0.1:1 {echo}", ZMQMSG_SEND_FILE=files)
+    assert done.stdout == "one\ntwo\n"
+
+
+def test_a_blank_endpoint_in_the_environment_is_the_default(tmp_path: Path) -> None:
+    public, _secret = zmq.auth.create_certificates(tmp_path, "unknown")  # whatever listens there must get nothing
+    done = run("send", "-t", "0.1", "-r", "0", "--server-key", str(public), "message", ZMQMSG_SEND_CONNECT=" ")
+    assert done.returncode == 1
+    assert done.stderr.startswith("zmqmsg: no server at tcp://127.0.0.1:5555 within 0.1 s")
+
+
+# Imports
+
+
+def imported(errors: list[str]) -> set[str]:
+    """Return the names of the modules that PROFILE tells of."""
+    return {line.rpartition("|")[2].strip() for line in errors if line.startswith("import time:")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "completion"),
+    [
+        (["--help"], {}),
+        (["send", "--help"], {}),
+        ([], {"_ZMQMSG_COMPLETE": "bash_complete", "COMP_WORDS": "zmqmsg send --ver", "COMP_CWORD": "2"}),
+    ],
+    ids=["help", "help of a command", "completion"],
+)
+def test_help_and_completion_import_no_zeromq(arguments: list[str], completion: dict[str, str]) -> None:
+    done = run(*arguments, **completion, **PROFILE)
+    assert "ver" in done.stdout
+    modules = imported(done.stderr.splitlines())
+    assert "click" in modules
+    assert "zmq" not in modules
+
+
+@pytest.mark.parametrize("curve", [False, True], ids=["plain", "CURVE"])
+def test_neither_send_nor_serve_imports_asyncio(serve: Serve, tmp_path: Path, curve: bool) -> None:
+    key = tmp_path / "server.key"
+    own, others = (["--key", f"{key}_secret"], ["--server-key", str(key)]) if curve else ([], [])
+    server, endpoint = serve("--count", "1", *own, env=os.environ | PROFILE)
+    done = run("send", "--connect", endpoint, *others, "hello", **PROFILE)
+    assert done.stdout == "hello\n"
+    for errors in (done.stderr.splitlines(), server.finish()[2]):
+        modules = imported(errors)
+        assert "zmq" in modules
+        assert "asyncio" not in modules

@@ -1,3 +1,5 @@
+"""Endpoints that are accepted, what binding them does, and the socket files of ipc endpoints."""
+
 import re
 import socket as system_socket
 from pathlib import Path
@@ -5,11 +7,16 @@ from pathlib import Path
 import pytest
 import zmq
 
-from zmqmsg.sockets import Context, Failure, bound, check_endpoint, connect, is_local, open_socket
+from zmqmsg.console import Failure
+from zmqmsg.sockets import Context, bound, check_endpoint, connect, is_local, open_socket, receive, send
 
-from conftest import LIMIT
+from conftest import LIMIT, LINUX
+
+LONGEST = zmq.IPC_PATH_MAX_LEN
+BOTH_WAYS = pytest.mark.parametrize("bind", [True, False], ids=["bind", "connect"])
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize(
     "endpoint",
     [
@@ -21,11 +28,10 @@ from conftest import LIMIT
         "ipc:///tmp/a.sock",
         "ipc://@abstract",
         "ipc://relative path",
-        "ipc:///" + "x" * 106,
+        "ipc:///" + "x" * (LONGEST - 1),
     ],
 )
-@pytest.mark.parametrize("bind", [True, False])
-def test_an_endpoint_that_libzmq_understands_is_returned(endpoint: str, bind: bool) -> None:
+def test_an_endpoint_that_libzmq_understands_is_accepted(endpoint: str, bind: bool) -> None:
     assert check_endpoint(endpoint, bind=bind) == endpoint
 
 
@@ -36,6 +42,7 @@ def test_wildcards_can_be_bound_but_not_connected_to(endpoint: str) -> None:
         check_endpoint(endpoint, bind=False)
 
 
+@BOTH_WAYS
 @pytest.mark.parametrize(
     ("endpoint", "reason"),
     [
@@ -54,40 +61,33 @@ def test_wildcards_can_be_bound_but_not_connected_to(endpoint: str) -> None:
         ("tcp://127.0.0.1:-1", "neither tcp"),
         ("tcp://127.0.0.1:5555\n", "cannot be printed"),
         ("ipc:///tmp/\udcff.sock", "cannot be printed"),
-        ("tcp://127.0.0.1:65536", "port beyond 65535"),
-        ("tcp://127.0.0.1:99999", "port beyond 65535"),
+        ("tcp://127.0.0.1:65536", "port above 65535"),
+        ("tcp://127.0.0.1:99999", "port above 65535"),
         ("ipc://", "path"),
         ("ipc://*", "path"),
-        ("ipc:///" + "x" * 107, "path of 1 to 107 bytes"),
-        ("ipc:///" + "\N{SNOWMAN}" * 36, "path of 1 to 107 bytes"),
+        ("ipc:///" + "x" * LONGEST, f"path of 1 to {LONGEST} bytes"),
+        ("ipc:///" + "\N{SNOWMAN}" * 36, f"path of 1 to {LONGEST} bytes"),
         ("inproc://here", "its own process"),
     ],
 )
-@pytest.mark.parametrize("bind", [True, False])
-def test_another_endpoint_is_refused_with_its_value_the_reason_and_a_right_one(
-    endpoint: str, reason: str, bind: bool
-) -> None:
+def test_any_other_endpoint_is_refused_with_the_reason_and_an_example(endpoint: str, reason: str, bind: bool) -> None:
     with pytest.raises(ValueError, match=reason) as refusal:
         check_endpoint(endpoint, bind=bind)
     assert f"'{endpoint}'" in str(refusal.value)
     assert ("ipc:///tmp/" if endpoint.startswith("ipc") else "tcp://127.0.0.1:5555") in str(refusal.value)
 
 
-def test_the_path_of_an_ipc_endpoint_may_be_as_long_as_the_system_allows(
-    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with open_socket(context, zmq.REP) as socket, bound(socket, "ipc://" + "x" * zmq.IPC_PATH_MAX_LEN):
-        pass
-
-
-def test_a_request_and_its_reply_go_over_inproc(context: Context) -> None:
+@pytest.mark.parametrize("frames", [[b"hello"], [b""], [b"one", b"", b"\xff\0"], [bytes(100_000), b"small"]])
+def test_a_message_keeps_its_frames_over_inproc(context: Context, frames: list[bytes]) -> None:
     with open_socket(context, zmq.REP) as server, open_socket(context, zmq.REQ) as client:
         with bound(server, "inproc://here") as endpoint:
             connect(client, endpoint)
-            client.send(b"hello")
-            server.send(server.recv() + b" yourself")
-            assert client.recv() == b"hello yourself"
+            assert receive(server) == []
+            send(client, frames)
+            request = receive(server)
+            assert [frame.bytes for frame in request] == frames
+            send(server, request)
+            assert client.recv_multipart() == frames
 
 
 @pytest.mark.parametrize(
@@ -96,53 +96,37 @@ def test_a_request_and_its_reply_go_over_inproc(context: Context) -> None:
         ("tcp://127.0.0.1:*", r"tcp://127\.0\.0\.1:[1-9]\d*"),
         ("tcp://127.0.0.1:0", r"tcp://127\.0\.0\.1:[1-9]\d*"),
         ("tcp://localhost:*", r"tcp://127\.0\.0\.1:[1-9]\d*"),
-        ("tcp://lo:*", r"tcp://127\.0\.0\.1:[1-9]\d*"),
+        pytest.param("tcp://lo:*", r"tcp://127\.0\.0\.1:[1-9]\d*", marks=LINUX),
         ("tcp://[::1]:*", r"tcp://\[::1\]:[1-9]\d*"),
     ],
 )
-def test_binding_tells_the_real_endpoint(context: Context, wildcard: str, real: str) -> None:
+def test_the_endpoint_that_is_bound_can_be_connected_to(context: Context, wildcard: str, real: str) -> None:
     with open_socket(context, zmq.REP) as server, open_socket(context, zmq.REQ) as client:
         with bound(server, wildcard) as endpoint:
             assert re.fullmatch(real, endpoint)
             assert is_local(endpoint)
-            connect(client, endpoint)
-            client.send(b"hello")
-            assert server.poll(LIMIT * 1000)
-
-
-@pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:5555", "tcp://192.168.1.1:5555", "tcp://[::]:5555"])
-def test_what_other_machines_reach_is_not_local(endpoint: str) -> None:
-    assert not is_local(endpoint)
-
-
-def test_localhost_is_connected_to_by_ipv4(context: Context) -> None:
-    with open_socket(context, zmq.REP) as server, open_socket(context, zmq.REQ) as client:
-        with bound(server, "tcp://127.0.0.1:*") as endpoint:
+            # With IPv6 switched on, libzmq would try ::1 alone.
             connect(client, endpoint.replace("127.0.0.1", "localhost"))
             client.send(b"hello")
             assert server.poll(LIMIT * 1000)
 
 
-@pytest.mark.parametrize(
-    ("endpoint", "reason"),
-    [
-        ("tcp://192.0.2.1:5555", "no such address"),
-        ("tcp://nosuch0:5555", "no such address or interface"),
-        ("ipc:///nonexistent/a.sock", "no such folder"),
-    ],
-)
-def test_what_cannot_be_bound_is_told_in_plain_words(context: Context, endpoint: str, reason: str) -> None:
-    with open_socket(context, zmq.REP) as socket, pytest.raises(Failure, match=reason) as failure:
-        with bound(socket, endpoint):
-            pass
-    assert endpoint in str(failure.value)
+@pytest.mark.parametrize("endpoint", ["tcp://0.0.0.0:5555", "tcp://192.168.1.1:5555", "tcp://[::]:5555"])
+def test_an_endpoint_that_other_machines_reach_is_not_local(endpoint: str) -> None:
+    assert not is_local(endpoint)
 
 
-def test_an_address_in_use_is_not_bound(context: Context) -> None:
-    with open_socket(context, zmq.REP) as first, open_socket(context, zmq.REP) as second:
-        with bound(first, "tcp://127.0.0.1:*") as endpoint, pytest.raises(Failure, match="in use"):
-            with bound(second, endpoint):
-                pass
+def test_a_frame_larger_than_allowed_is_not_received(context: Context) -> None:
+    with open_socket(context, zmq.REP, max_size=1000) as server, bound(server, "tcp://127.0.0.1:*") as endpoint:
+        with open_socket(context, zmq.REQ) as large, open_socket(context, zmq.REQ) as small:
+            connect(large, endpoint)
+            large.send(bytes(1001))
+            connect(small, endpoint)
+            small.send(bytes(1000))
+            assert server.poll(LIMIT * 1000)
+            assert server.recv() == bytes(1000)
+            server.send(b"")
+            assert not server.poll(200)
 
 
 class TestIpcPath:
@@ -162,19 +146,19 @@ class TestIpcPath:
             (tmp_path / "new").rename(path)
         assert path.is_file()
 
-    def test_a_regular_file_is_not_touched(self, context: Context, tmp_path: Path) -> None:
+    def test_a_file_that_is_there_is_not_replaced(self, context: Context, tmp_path: Path) -> None:
         path = tmp_path / "precious"
         path.write_text("data")
-        with open_socket(context, zmq.REP) as socket, pytest.raises(Failure, match="there is a server or a file"):
+        with open_socket(context, zmq.REP) as socket, pytest.raises(Failure, match="a server or a file is there"):
             with bound(socket, f"ipc://{path}"):
                 pass
         assert path.read_text() == "data"
 
-    def test_a_live_server_is_not_robbed_of_it(self, context: Context, tmp_path: Path) -> None:
+    def test_the_path_of_a_live_server_is_not_taken_from_it(self, context: Context, tmp_path: Path) -> None:
         endpoint = f"ipc://{tmp_path}/a.sock"
         with open_socket(context, zmq.REP) as first, open_socket(context, zmq.REP) as second:
             with bound(first, endpoint):
-                with pytest.raises(Failure, match="there is a server or a file"), bound(second, endpoint):
+                with pytest.raises(Failure, match="a server or a file is there"), bound(second, endpoint):
                     pass
                 with open_socket(context, zmq.REQ) as client:
                     connect(client, endpoint)
@@ -187,14 +171,12 @@ class TestIpcPath:
             stale.bind(str(path))
         assert path.is_socket()
         with open_socket(context, zmq.REP) as socket, bound(socket, f"ipc://{path}"):
-            assert path.is_socket()
+            with system_socket.socket(system_socket.AF_UNIX) as client:
+                client.connect(str(path))
 
-
-def test_a_frame_beyond_the_largest_size_is_not_taken(context: Context) -> None:
-    with open_socket(context, zmq.REP, max_size=1000) as server, bound(server, "tcp://127.0.0.1:*") as endpoint:
-        with open_socket(context, zmq.REQ) as small, open_socket(context, zmq.REQ) as large:
-            connect(large, endpoint)
-            large.send(b"x" * 1001)
-            connect(small, endpoint)
-            small.send(b"x" * 1000)
-            assert server.recv() == b"x" * 1000
+    def test_it_may_be_as_long_as_the_system_allows(
+        self, context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with open_socket(context, zmq.REP) as socket, bound(socket, "ipc://" + "x" * LONGEST):
+            assert (tmp_path / ("x" * LONGEST)).is_socket()

@@ -3,7 +3,6 @@
 import os
 import re
 import select
-import shlex
 import shutil
 import signal
 import subprocess
@@ -11,22 +10,19 @@ import sys
 import termios
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
 import pytest
 import zmq
 
-from zmqmsg.sockets import Context
+from zmqmsg.sockets import Context, Socket
 
-from conftest import COMMAND, LIMIT, Process, bind
+from conftest import LIMIT, LINUX, Process, Serve, Start, free_endpoint, memory, open_server, until
 
-Serve = Callable[..., tuple[Process, str]]
-Send = Callable[..., subprocess.CompletedProcess[bytes]]
-Start = Callable[..., Process]
-
-CTRL_D = b"\x04"
-CLEARED = b"\r\x1b[K\x1b[?25h"
+CTRL_C, CTRL_D, CTRL_Z = b"\x03", b"\x04", b"\x1a"
 HIDDEN_CURSOR = b"\x1b[?25l"
 HINT = b"zmqmsg: reading messages, one a line; Ctrl-D ends"
 
@@ -35,10 +31,11 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in 
     "TERM": "xterm-256color",
     "LC_ALL": "C.UTF-8",
 }
+PLAIN = ENVIRONMENT | {"NO_COLOR": "1"}
 
 
 class Terminal:
-    """A pseudo-terminal of 45 lines of 80 characters: processes get ``end``, and what they write is read here."""
+    """A pseudo-terminal of 80 columns: processes get ``end``, and what they write is read here."""
 
     def __init__(self) -> None:
         self.master, self.end = os.openpty()
@@ -47,30 +44,42 @@ class Terminal:
         attributes[1] &= ~termios.OPOST  # newlines shall arrive as they were written
         attributes[3] &= ~termios.ECHO
         termios.tcsetattr(self.end, termios.TCSANOW, attributes)
-        self.output = b""
+        self._attributes = termios.tcgetattr(self.end)
+        self._output = b""
+
+    @property
+    def sane(self) -> bool:
+        """Whether the terminal is as it was at first."""
+        return termios.tcgetattr(self.end) == self._attributes
+
+    def all(self) -> dict[str, int]:
+        """Return the three standard streams, all on this terminal."""
+        return dict.fromkeys(["stdin", "stdout", "stderr"], self.end)
 
     def type(self, keys: bytes) -> None:
         os.write(self.master, keys)
 
     def read_until(self, text: bytes) -> bytes:
         """Return all that was written, once ``text`` is in it; it is forgotten then."""
-        until = time.monotonic() + LIMIT
-        while text not in self.output:
-            assert select.select([self.master], [], [], until - time.monotonic())[0], f"no {text!r} in {self.output!r}"
-            self.output += os.read(self.master, 65536)
-        taken, self.output = self.output, b""
-        return taken
+        end = time.monotonic() + LIMIT
+        while text not in self._output:
+            assert select.select([self.master], [], [], end - time.monotonic())[0], f"no {text!r} in {self._output!r}"
+            self._output += os.read(self.master, 65536)
+        output, self._output = self._output, b""
+        return output
 
     def read_rest(self) -> bytes:
         """Return all that was written, once no process has the terminal any more."""
         os.close(self.end)
         self.end = -1
-        rest = self.output
+        rest = self._output
         while select.select([self.master], [], [], LIMIT)[0]:
             try:
-                rest += os.read(self.master, 65536)
+                if not (data := os.read(self.master, 65536)):
+                    return rest
             except OSError:  # Linux's word for the end
                 return rest
+            rest += data
         raise AssertionError(f"not ended: {rest!r}")
 
     def close(self) -> None:
@@ -87,12 +96,15 @@ def terminal() -> Iterator[Terminal]:
     terminal.close()
 
 
+OnTerminal = Callable[..., bytes]
+
+
 @pytest.fixture
-def on_terminal(echo: str, start: Start, terminal: Terminal) -> Callable[..., bytes]:
+def on_terminal(echo: str, start: Start, terminal: Terminal) -> OnTerminal:
     """Run ``send`` to its end with some streams on the terminal; return what was written there."""
 
     def on_terminal(*arguments: str | bytes, streams: str, **options: Any) -> bytes:
-        given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "env": ENVIRONMENT}
+        given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "env": PLAIN}
         given |= dict.fromkeys(streams.split(), terminal.end)
         client = start("send", "--connect", echo, *arguments, **given | options)
         written = terminal.read_rest()
@@ -102,120 +114,120 @@ def on_terminal(echo: str, start: Start, terminal: Terminal) -> Callable[..., by
     return on_terminal
 
 
+# Messages
+
 UNSAFE = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-HOSTILE = [
-    (b"\x1b]0;title\x07", rb"\x1b]0;title\x07"),
-    (b"\x1b[2J\x1b[31m", rb"\x1b[2J\x1b[31m"),
-    ("\x9b31m\x85".encode(), rb"\x9b31m\x85"),
-    (b"over\rwrite\b\x7f\0", rb"over\rwrite\x08\x7f\x00"),
-    (b"\xff\xc0\x80\xed\xa0\x80 \xe2\x82", rb"\xff\xc0\x80\xed\xa0\x80 \xe2\x82"),
-    ("user\u202etxt.exe\u2066\u200f\u061c".encode(), rb"user\u202etxt.exe\u2066\u200f\u061c"),
-]
-HARMLESS = [
-    '{\n\t"pretty": "printed"\n}',
-    "family \U0001f468\u200d\U0001f469\u200d\U0001f467, flag \U0001f1ea\U0001f1fa, \U0001f44d\U0001f3fd",
-    "\u0627\u0644\u0639\u0631\u0628\u064a\u0629, \u05e2\u05d1\u05e8\u05d9\u05ea",
-    "\u65e5\u672c\u8a9e, \u0939\u093f\u0928\u094d\u0926\u0940, e\u0301",
-    r"C:\x1b\n",
-]
+CONTROLS = [chr(code) for code in UNSAFE if chr(code) not in "\n\t"]
+HARMLESS = (
+    '{\n\t"pretty": "C:\\x1b\\n"\n} \U0001f468\u200d\U0001f469, \u05e2\u05d1\u05e8\u05d9\u05ea, \u65e5\u672c, e\u0301'
+)
 
 
 @pytest.fixture(params=["serve", "send"])
-def shown(
-    request: pytest.FixtureRequest, serve: Serve, send: Send, start: Start, terminal: Terminal, tmp_path: Path
-) -> Callable[[bytes], bytes]:
-    """Let ``serve`` or ``send`` show a message on a terminal, and return what appears."""
+def shown(request: pytest.FixtureRequest, serve: Serve, start: Start, terminal: Terminal, tmp_path: Path) -> OnTerminal:
+    """Let ``serve`` or ``send`` show a message of some frames on a terminal, and return what appears."""
 
-    def shown(message: bytes) -> bytes:
-        path = tmp_path / "message"
-        path.write_bytes(message)
-        if request.param == "serve":
-            _server, endpoint = serve("--count", "1", stdin=subprocess.DEVNULL, stdout=terminal.end)
-            assert send("--connect", endpoint, "--file", str(path)).stdout == message + b"\n"
-        else:
-            _server, endpoint = serve("--count", "1", "--quiet")
-            start("send", "--connect", endpoint, "--file", str(path), stdin=subprocess.DEVNULL, stdout=terminal.end)
+    def shown(*frames: bytes) -> bytes:
+        options = ["--multipart"]
+        for number, frame in enumerate(frames):
+            path = tmp_path / str(number)
+            path.write_bytes(frame)
+            options += ["--file", str(path)]
+        streams = {"serve": {}, "send": {}, request.param: {"stdin": subprocess.DEVNULL, "stdout": terminal.end}}
+        _server, endpoint = serve("--count", "1", **streams["serve"])
+        start("send", "--connect", endpoint, *options, **streams["send"])
         return terminal.read_rest()
 
     return shown
 
 
-def test_a_peer_cannot_drive_the_terminal(shown: Callable[[bytes], bytes]) -> None:
-    lines = [line for line, _shown in HOSTILE]
-    assert shown(b"\n".join(lines)).splitlines() == [shown for _line, shown in HOSTILE]
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (b"\x1b]0;title\x07 \x1b[2J", rb"\x1b]0;title\x07 \x1b[2J"),
+        (b"over\rwrite\b\x7f\0", rb"over\x0dwrite\x08\x7f\x00"),
+        ("user\u202etxt.exe \x9b31m".encode(), rb"user\xe2\x80\xaetxt.exe \xc2\x9b31m"),
+        (b"\xff\xc0\x80\xed\xa0\x80 \xe2\x82", rb"\xff\xc0\x80\xed\xa0\x80 \xe2\x82"),
+        ("\u20ac\x1b".encode() * 30_000 + b"\xff", "\u20ac\\x1b".encode() * 30_000 + rb"\xff"),
+    ],
+    ids=["escape sequences", "controls", "Unicode", "invalid", "long"],
+)
+def test_a_peer_cannot_drive_the_terminal(shown: OnTerminal, message: bytes, expected: bytes) -> None:
+    assert shown(message) == expected + b"\n"
 
 
-def test_no_control_character_reaches_the_terminal(shown: Callable[[bytes], bytes]) -> None:
-    controls = [chr(code) for code in UNSAFE if chr(code) not in "\n\t"]
-    text = shown("".join(f"{control}|" for control in controls).encode()).decode().removesuffix("\n")
-    assert not set(text) & set(controls)
-    assert len(text.split("|")) == len(controls) + 1
-    assert all(part.startswith("\\") for part in text.split("|")[:-1])
+def test_no_control_character_reaches_the_terminal(shown: OnTerminal) -> None:
+    text = shown("|".join(CONTROLS).encode()).decode().removesuffix("\n")
+    assert not set(text) & set(CONTROLS)
+    assert len(text.split("|")) == len(CONTROLS)
+    assert all(part.startswith("\\") for part in text.split("|"))
 
 
-def test_what_is_harmless_is_shown_as_it_is(shown: Callable[[bytes], bytes]) -> None:
-    assert shown("\n".join(HARMLESS).encode()).decode() == "\n".join([*HARMLESS, ""])
+def test_harmless_text_is_shown_as_it_is(shown: OnTerminal) -> None:
+    assert shown(HARMLESS.encode()).decode() == HARMLESS + "\n"
 
 
-def test_a_pipe_gets_what_a_terminal_does_not(echo: str, send: Send) -> None:
-    messages = [line.replace(b"\0", b"") for line, _shown in HOSTILE]
-    assert send("--connect", echo, "--", *messages).stdout == b"".join(message + b"\n" for message in messages)
+def test_several_frames_are_shown_as_a_quoted_line(shown: OnTerminal) -> None:
+    assert shown(b"one", b"", b"three\\\n\x1b\xff") == rb"one" + b"\t\t" + rb"three\\\n\x1b\xff" + b"\n"
 
 
-def test_a_large_message_is_escaped_to_its_end(shown: Callable[[bytes], bytes]) -> None:
-    """Escaped as a whole, as an invalid byte may turn up anywhere, beside characters of several bytes."""
-    assert shown("\u20ac\x1b".encode() * 30_000 + b"\xff") == "\u20ac\\x1b".encode() * 30_000 + b"\\xff\n"
+# Notices
 
 
-def test_each_frame_has_its_line_on_a_terminal(on_terminal: Callable[..., bytes]) -> None:
-    assert on_terminal("--multipart", "one", "", "three", streams="stdout") == b"one\n\nthree\n"
-
-
-@pytest.mark.parametrize("on", ["terminal", "pipe"])
-def test_a_notice_is_one_line_whatever_it_quotes_of_a_message(
-    context: Context, start: Start, terminal: Terminal, on: str
+@pytest.mark.parametrize("width", [0, 40])
+def test_a_notice_is_one_line_which_a_terminal_breaks_at_words(
+    context: Context, start: Start, terminal: Terminal, width: int
 ) -> None:
-    server = context.socket(zmq.REP)
+    """Whatever it quotes of a message; width 0 stands for a log."""
+    _server, endpoint = open_server(context, zmq.REP)
     message = b"a\nb\tc\r\x1b[2J\xff\x7f" + "\x9b\u202e\u2069".encode()
-    stderr = terminal.end if on == "terminal" else subprocess.PIPE
-    options = ["--timeout", "0.5", "--retries", "0", "--connect", bind(server)]
-    client = start("send", *options, "--", message, stderr=stderr, env=ENVIRONMENT | {"NO_COLOR": "1"})
-    assert client.wait() == 1
-    [line] = terminal.read_rest().decode().splitlines() if on == "terminal" else client.notices[:-1]
-    assert line.startswith(r"zmqmsg: no reply to 'a\nb\tc\r\x1b[2J\xff\x7f\x9b\u202e\u2069', sent once: ")
-    assert line.isprintable()
+    options = ["--timeout", "0.9", "--retries", "0", "--connect", endpoint]
+    if width:
+        termios.tcsetwinsize(terminal.end, (45, width))
+    stderr = terminal.end if width else subprocess.PIPE
+    client = start("send", *options, "--", message, stderr=stderr, env=PLAIN)
+    assert client.wait() == 3
+    lines = terminal.read_rest().decode().splitlines() if width else client.notices[:-1]
+    assert all(line.isprintable() for line in lines)
+    assert " ".join(line.strip() for line in lines).startswith(
+        r"zmqmsg: no reply to 'a\nb\tc\r\x1b[2J\xff\x7f\xc2\x9b\xe2\x80\xae\xe2\x81\xa9'"
+    )
+    if width:
+        assert len(lines) > 1
+        assert all(len(line) < width for line in lines if "'" not in line)
+    else:
+        assert len(lines) == 1
 
 
-@pytest.mark.parametrize("option", ["--file", "--connect", "--key", "--retries", "--max-size", "--timeout"])
-def test_a_notice_is_one_line_whatever_it_quotes_of_an_option(send: Send, tmp_path: Path, option: str) -> None:
-    done = send("--server-key", "a\nb", option, "\n\tb\x1b[2J\u202e/c", "message", cwd=tmp_path)
-    assert done.returncode == 2
-    line = done.stderr.decode()
-    assert line.removesuffix("\n").isprintable()
-    assert line.endswith("\n")
+@pytest.mark.parametrize(
+    ("colours", "prefix"),
+    [
+        ({}, rb"\x1b\[\d+mzmqmsg:\x1b\[0m "),
+        ({"NO_COLOR": ""}, rb"\x1b\[\d+mzmqmsg:\x1b\[0m "),
+        ({"NO_COLOR": "1"}, b"zmqmsg: "),
+    ],
+)
+def test_notices_have_colour_on_a_terminal_unless_no_color_is_set(
+    on_terminal: OnTerminal, colours: dict[str, str], prefix: bytes
+) -> None:
+    written = on_terminal("--verbose", "hello", streams="stderr", env=ENVIRONMENT | colours)
+    assert re.match(prefix + rb"[^\x1b]*\n", written)
 
 
-def test_a_notice_quotes_what_the_locale_has_no_characters_for(send: Send) -> None:
-    plain = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    done = send("--file", "\u20ac".encode(), env=ENVIRONMENT | plain)
-    assert done.returncode == 2
-    assert done.stderr.startswith(b"zmqmsg: ")
-    assert done.stderr.count(b"\n") == 1
+def test_neither_messages_nor_a_log_have_colour(echo: str, start: Start, terminal: Terminal) -> None:
+    client = start("send", "--connect", echo, "--verbose", "message", stdout=terminal.end, env=ENVIRONMENT)
+    assert terminal.read_rest() == b"message\n"
+    assert client.wait() == 0
+    assert "\x1b" not in "".join(client.notices)
 
 
-def test_an_unknown_option_or_command_is_quoted_without_its_controls() -> None:
-    for arguments in (["send", "--\x1b[2J\n"], ["\x1b[2J\n"]):
-        done = subprocess.run([*COMMAND, *arguments], capture_output=True, timeout=LIMIT)
-        assert done.returncode == 2
-        assert r"\x1b[2J\n" in done.stderr.decode()
-        assert done.stderr.decode().removesuffix("\n").isprintable()
+# Typing
 
 
 def test_a_person_who_types_gets_a_hint_and_replies_and_ends_with_ctrl_d(
     echo: str, start: Start, terminal: Terminal
 ) -> None:
-    streams = dict.fromkeys(["stdin", "stdout", "stderr"], terminal.end)
-    client = start("send", "--connect", echo, env=ENVIRONMENT | {"NO_COLOR": "1"}, **streams)
+    client = start("send", "--connect", echo, env=PLAIN, **terminal.all())
     assert terminal.read_until(b"\n") == HINT + b"\n"
     for line in (b"one\n", b"\n", b"three\n"):
         terminal.type(line)
@@ -225,175 +237,200 @@ def test_a_person_who_types_gets_a_hint_and_replies_and_ends_with_ctrl_d(
     assert terminal.read_rest() == b"no newline\n"
 
 
-def test_the_hint_comes_though_standard_error_is_no_terminal(echo: str, start: Start, terminal: Terminal) -> None:
-    client = start("send", "--connect", echo, stdin=terminal.end)
-    client.wait_for_notice(re.escape(HINT.decode()))
-    terminal.type(CTRL_D)
-    assert client.finish() == (0, b"", [HINT.decode()])
-
-
-@pytest.mark.parametrize("arguments", [["message"], [""], ["--file", "/dev/null"]])
-def test_there_is_no_hint_when_standard_input_is_not_read(
-    on_terminal: Callable[..., bytes], arguments: list[str]
+def test_who_types_is_told_what_send_waits_for_before_the_first_line(
+    start: Start, serve: Serve, terminal: Terminal
 ) -> None:
-    assert on_terminal(*arguments, streams="stdin stderr") == b""
+    endpoint = free_endpoint()
+    start("send", "--connect", endpoint, env=PLAIN, **terminal.all())
+    terminal.read_until(HINT)
+    since = time.monotonic()
+    terminal.read_until(f"waiting for {endpoint}: nothing accepts".encode())
+    assert time.monotonic() - since < 5  # two seconds, on a machine that is not busy
+    serve("--bind", endpoint)
+    terminal.read_until(b"connected to")
+    terminal.type(b"hello\n")
+    terminal.read_until(b"hello\n")
 
 
-def test_there_is_no_hint_when_standard_input_is_no_terminal(on_terminal: Callable[..., bytes]) -> None:
-    assert on_terminal(streams="stdout stderr") == b""
+@pytest.mark.parametrize(
+    ("arguments", "streams"),
+    [(["message"], "stdin stderr"), (["-f", "-"], "stdin stderr"), ([], "stdout stderr")],
+    ids=["arguments", "one whole message", "redirected"],
+)
+def test_there_is_no_hint_when_no_lines_are_typed(
+    terminal: Terminal, on_terminal: OnTerminal, arguments: list[str], streams: str
+) -> None:
+    terminal.type(b"typed\n" + CTRL_D)
+    assert on_terminal(*arguments, streams=streams) == b""
 
 
-def test_there_is_no_hint_for_one_whole_message(echo: str, start: Start, terminal: Terminal) -> None:
-    client = start("send", "--connect", echo, "--file", "-", stdin=terminal.end)
-    terminal.type(b"two\nlines\n" + CTRL_D)
-    assert client.finish() == (0, b"two\nlines\n\n", [])
+# The progress bar
 
 
 @pytest.fixture
 def long_file(tmp_path: Path) -> Path:
+    """Make a file of 200 lines, 200 kB."""
     path = tmp_path / "long"
     path.write_bytes((b"x" * 999 + b"\n") * 200)
     return path
 
 
-def test_a_long_file_has_a_progress_bar_that_is_cleared_at_the_end(
-    on_terminal: Callable[..., bytes], long_file: Path
+@pytest.mark.parametrize(("options", "offset"), [([], 0), (["--quoted"], 0), ([], 100_000)])
+def test_a_long_redirected_file_has_a_progress_bar(
+    on_terminal: OnTerminal, long_file: Path, options: list[str], offset: int
 ) -> None:
+    """If it has been read in part, that of its rest."""
     with long_file.open("rb") as file:
-        written = on_terminal(streams="stderr", stdin=file)
+        os.lseek(file.fileno(), offset, os.SEEK_SET)
+        written = on_terminal(*options, streams="stderr", stdin=file)
     shares = [int(share) for share in re.findall(rb"(\d+)%", written)]
     assert shares == sorted(shares)
-    assert shares[0] == 0
-    assert shares[-1] == 100
+    assert (shares[0], shares[-1]) == (0, 100)
     assert len(set(shares)) > 10
-    assert HIDDEN_CURSOR in written
-    assert written.endswith(CLEARED)
+    assert HIDDEN_CURSOR not in written
+    assert written.endswith(b"\n")
 
 
-def test_many_files_have_a_progress_bar(on_terminal: Callable[..., bytes], tmp_path: Path) -> None:
-    options = []
-    for number in range(20):
-        path = tmp_path / str(number)
-        path.write_bytes(b"content")
-        options += ["--file", str(path)]
-    written = on_terminal(*options, streams="stderr")
-    assert [int(share) for share in re.findall(rb"(\d+)%", written)] == list(range(0, 101, 5))
-    assert written.endswith(CLEARED)
-
-
-def test_a_file_that_has_been_read_in_part_has_the_progress_of_its_rest(
-    on_terminal: Callable[..., bytes], long_file: Path
+@pytest.mark.parametrize(
+    ("arguments", "streams", "size"),
+    [
+        ([], "stdout stderr", 200_000),
+        ([], "stderr", 1000),
+        (["one"], "stderr", 200_000),
+        (["-f", "-"], "stderr", 200_000),
+    ],
+    ids=["output on a terminal", "short file", "arguments", "one whole message"],
+)
+def test_there_is_no_progress_bar_otherwise(
+    on_terminal: OnTerminal, long_file: Path, arguments: list[str], streams: str, size: int
 ) -> None:
+    os.truncate(long_file, size)
     with long_file.open("rb") as file:
-        os.lseek(file.fileno(), 100_000, os.SEEK_SET)
-        written = on_terminal(streams="stderr", stdin=file)
-    assert b"100%" in written
-    assert written.endswith(CLEARED)
-
-
-@pytest.mark.parametrize("case", ["output on a terminal", "short", "arguments", "few files", "at its end"])
-def test_there_is_no_progress_bar_otherwise(on_terminal: Callable[..., bytes], long_file: Path, case: str) -> None:
-    arguments: list[str] = []
-    streams = "stderr"
-    with long_file.open("r+b") as file:
-        match case:
-            case "output on a terminal":
-                streams = "stdout stderr"
-            case "short":
-                file.truncate(1000)
-            case "arguments":
-                arguments = ["one", "two"]
-            case "few files":
-                arguments = ["--file", str(long_file), "--file", str(long_file)]
-            case "at its end":
-                os.lseek(file.fileno(), 0, os.SEEK_END)
         written = on_terminal(*arguments, streams=streams, stdin=file)
     assert b"%" not in written
     assert b"\x1b" not in written
 
 
-def test_there_is_no_progress_bar_for_a_pipe(echo: str, start: Start, terminal: Terminal, long_file: Path) -> None:
-    client = start("send", "--connect", echo, stdout=subprocess.DEVNULL, stderr=terminal.end, env=ENVIRONMENT)
-    assert client.popen.stdin
-    client.popen.stdin.write(long_file.read_bytes())
-    assert client.finish() == (0, b"", [])
-    assert terminal.read_rest() == b""
-
-
 def test_there_is_no_progress_bar_in_a_log(echo: str, start: Start, long_file: Path) -> None:
     with long_file.open("rb") as file:
-        client = start("send", "--connect", echo, stdin=file)
-        assert client.finish() == (0, long_file.read_bytes(), [])
+        assert start("send", "--connect", echo, stdin=file).finish() == (0, long_file.read_bytes(), [])
 
 
-@pytest.mark.parametrize("no_colour", [{}, {"NO_COLOR": "1"}])
-def test_a_notice_clears_the_progress_bar_and_so_does_a_failure(
-    context: Context, start: Start, terminal: Terminal, long_file: Path, no_colour: dict[str, str]
-) -> None:
-    server = context.socket(zmq.REP)
-    options = ["--timeout", "0.5", "--retries", "1", "--connect", bind(server)]
-    with long_file.open("rb") as file:
-        streams = {"stdin": file, "stdout": subprocess.DEVNULL, "stderr": terminal.end}
-        client = start("send", *options, env=ENVIRONMENT | no_colour, **streams)
-    written = terminal.read_rest()
-    assert client.wait() == 1
-    prefix = re.escape(CLEARED) + rb"(\x1b\[\d+m)?zmqmsg: (\x1b\[0m)?"
-    assert re.search(prefix + rb"no reply within [^\r]*, trying again \(1 of 1\)\n", written)
-    assert re.search(prefix + rb"no reply to [^\r]*\n$", written)
-
-
-def test_ctrl_c_clears_the_progress_bar(context: Context, start: Start, terminal: Terminal, long_file: Path) -> None:
-    with long_file.open("rb") as file:
-        streams = {"stdin": file, "stdout": subprocess.DEVNULL, "stderr": terminal.end}
-        endpoint = bind(context.socket(zmq.REP))
-        client = start("send", "--connect", endpoint, env=ENVIRONMENT, **streams)
-    terminal.read_until(b"0%")
-    client.signal(signal.SIGINT)
-    assert client.wait() == 130
-    assert terminal.read_rest().endswith(CLEARED)
-
-
-@pytest.mark.parametrize("environment", [{}, {"NO_COLOR": ""}])
-def test_notices_have_colour_on_a_terminal(terminal: Terminal, start: Start, environment: dict[str, str]) -> None:
-    client = start("send", "--retries", "x", stderr=terminal.end, env=ENVIRONMENT | environment)
-    assert client.wait() == 2
-    assert re.fullmatch(rb"\x1b\[\d+mzmqmsg: \x1b\[0m[^\x1b]*\n", terminal.read_rest())
-
-
-def test_notices_have_no_colour_with_no_color(terminal: Terminal, start: Start) -> None:
-    client = start("send", "--retries", "x", stderr=terminal.end, env=ENVIRONMENT | {"NO_COLOR": "1"})
-    assert client.wait() == 2
-    assert re.fullmatch(rb"zmqmsg: [^\x1b]*\n", terminal.read_rest())
-
-
-def test_notices_have_no_colour_in_a_log(start: Start) -> None:
-    client = start("send", "--retries", "x", env=ENVIRONMENT)
-    status, output, [notice] = client.finish()
-    assert (status, output) == (2, b"")
-    assert notice.startswith("zmqmsg: ")
-    assert "\x1b" not in notice
-
-
-def test_messages_have_no_colour(on_terminal: Callable[..., bytes]) -> None:
-    assert on_terminal("message", streams="stdin stdout stderr") == b"message\n"
-
-
-@pytest.mark.parametrize("arguments", [[], ["--help"], ["serve", "--help"], ["send", "--help"]])
-def test_help_fits_a_terminal(start: Start, terminal: Terminal, arguments: list[str]) -> None:
-    start(*arguments, env=ENVIRONMENT, **dict.fromkeys(["stdin", "stdout", "stderr"], terminal.end))
-    lines = terminal.read_rest().decode().splitlines()
-    assert 10 < len(lines) <= 45
-    assert max(map(len, lines)) <= 80
-    assert any("Exit status" in line for line in lines)
-    assert not [line for line in lines if re.search(r"\w\.\.\.$", line)], "a help text is cut off"
+def answer_half(server: Socket, terminal: Terminal) -> bytes:
+    """Reply to half the lines of ``long_file`` and no more; return what the terminal has shown by then."""
+    for _ in range(100):
+        server.send(server.recv())
+    return terminal.read_until(b"50%")
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Make a folder with one file whose name no option resembles."""
-    (tmp_path / "picture.png").touch()
-    return tmp_path
+def halfway(context: Context, start: Start, terminal: Terminal, long_file: Path) -> Callable[..., Process]:
+    """Start ``send`` with further options, and let it get no further than to the middle of its progress bar."""
 
+    server, endpoint = open_server(context, zmq.REP)
+
+    def halfway(*options: str) -> Process:
+        with long_file.open("rb") as file:
+            streams = {"stdin": file, "stdout": subprocess.DEVNULL, "stderr": terminal.end}
+            client = start("send", "--connect", endpoint, *options, env=PLAIN, **streams)
+        answer_half(server, terminal)
+        return client
+
+    return halfway
+
+
+def test_a_notice_and_an_error_begin_on_a_line_of_their_own_below_the_bar(
+    halfway: Callable[..., Process], terminal: Terminal
+) -> None:
+    client = halfway("--timeout", "1.5", "--retries", "0")
+    assert client.wait() == 3
+    written = terminal.read_rest()
+    assert re.match(rb"\s*\nzmqmsg: waiting for a reply from [^\n]*\n", written)
+    assert re.search(rb"\nzmqmsg: no reply to ", written)
+    assert HIDDEN_CURSOR not in written
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_the_bar_ends_send_and_leaves_the_terminal_sane(
+    halfway: Callable[..., Process], terminal: Terminal, number: int
+) -> None:
+    client = halfway()
+    client.signal(number)
+    assert client.wait() == -number
+    assert terminal.sane
+    assert terminal.read_rest().strip() == b""
+
+
+@pytest.fixture
+def shell(terminal: Terminal, tmp_path: Path) -> Iterator[Callable[[str], None]]:
+    """Start an interactive shell on the terminal, in the directory of the test."""
+    with ExitStack() as stack:
+
+        def shell(command: str) -> None:
+            if not shutil.which(command.split()[0]):
+                pytest.skip(f"{command} is not installed")
+            streams: dict[str, Any] = dict(terminal.all())
+            process = subprocess.Popen(
+                command.split(),
+                cwd=tmp_path,
+                env=PLAIN | {"HISTFILE": "", "HOME": str(tmp_path)},
+                start_new_session=True,
+                preexec_fn=lambda: ioctl(0, termios.TIOCSCTTY, 0),  # for job control
+                **streams,
+            )
+            stack.callback(process.wait)
+            stack.callback(process.kill)
+
+        yield shell
+
+
+def test_ctrl_z_and_ctrl_c_in_the_middle_of_the_bar_leave_the_terminal_sane(
+    context: Context, shell: Callable[[str], None], terminal: Terminal, long_file: Path
+) -> None:
+    server, endpoint = open_server(context, zmq.REP)
+    shell("bash --norc --noprofile --noediting -i")
+    terminal.type(f"zmqmsg send --connect {endpoint} < {long_file} > /dev/null\n".encode())
+    written = answer_half(server, terminal)
+    terminal.type(CTRL_Z)
+    written += terminal.read_until(b"Stopped")
+    assert terminal.sane
+    terminal.type(b"fg\n")
+    for _ in range(2):
+        server.send(server.recv())
+    written += terminal.read_until(b"51%")
+    terminal.type(CTRL_C)
+    terminal.type(b"echo status $?\n")
+    written += terminal.read_until(b"status 130")
+    assert terminal.sane
+    assert HIDDEN_CURSOR not in written
+
+
+# Ctrl-C at any time
+
+
+@LINUX
+@pytest.mark.parametrize("arguments", [[], ["--file", "-"], ["--file", "/dev/zero"]])
+def test_ctrl_c_ends_send_while_it_reads_without_end(start: Start, arguments: list[str]) -> None:
+    with Path("/dev/zero").open("rb") as zero:
+        client = start("send", "--connect", "tcp://127.0.0.1:1", *arguments, stdin=zero)
+    until(lambda: memory(client.pid) > 100_000)
+    client.signal(signal.SIGINT)
+    assert (client.wait(), client.notices) == (-signal.SIGINT, ["(end)"])
+
+
+@pytest.mark.parametrize("milliseconds", range(0, 150, 15))
+def test_ctrl_c_ends_send_silently_from_its_first_line_on(start: Start, milliseconds: int) -> None:
+    """What Python imports is told on standard error, so that it is known when zmqmsg has begun."""
+    environment = ENVIRONMENT | {"PYTHONPROFILEIMPORTTIME": "1"}
+    client = start("send", "--connect", "tcp://127.0.0.1:1", "message", env=environment)
+    client.wait_for_notice(r"\bclick\b")
+    time.sleep(milliseconds / 1000)
+    client.signal(signal.SIGINT)
+    assert client.wait() == -signal.SIGINT
+    assert not [line for line in client.notices[:-1] if not line.startswith(("import time:", "zmqmsg: waiting"))]
+
+
+# Completion
 
 COMPLETIONS = [
     ("ser", ["serve"]),
@@ -401,48 +438,37 @@ COMPLETIONS = [
     ("serve --client", ["serve", "--client-keys"]),
     ("send --file pic", ["send", "--file", "picture.png"]),
     ("send -f pic", ["send", "-f", "picture.png"]),
-    ("send --key pic", ["send", "--key", "picture.png"]),
     ("send --server-key pic", ["send", "--server-key", "picture.png"]),
     ("serve --key pic", ["serve", "--key", "picture.png"]),
 ]
 
 
 @pytest.mark.parametrize(
-    ("shell", "preparation"),
+    ("command", "preparation"),
     [("bash --norc --noprofile -i", ""), ("zsh -f -i", "autoload -U compinit; compinit -u -D; ")],
     ids=["bash", "zsh"],
 )
-def test_the_tab_key_completes(terminal: Terminal, folder: Path, shell: str, preparation: str) -> None:
+def test_the_tab_key_completes(
+    terminal: Terminal, tmp_path: Path, shell: Callable[[str], None], command: str, preparation: str
+) -> None:
     """The lines that the shell completes are run by a function, which shows what it got."""
-    command = shlex.split(shell)
-    if not shutil.which(command[0]):
-        pytest.skip(f"{command[0]} is not installed")
-    streams: dict[str, Any] = dict.fromkeys(["stdin", "stdout", "stderr"], terminal.end)
-    environment = ENVIRONMENT | {"TERM": "dumb", "HISTFILE": "", "HOME": str(folder)}
-    with subprocess.Popen(command, cwd=folder, env=environment, start_new_session=True, **streams) as process:
-        try:
-            source = f'eval "$(_ZMQMSG_COMPLETE={command[0]}_source zmqmsg)"'
-            show = "zmqmsg() { printf '<%s>' \"$@\"; echo; }"
-            terminal.type(f"{preparation}{source}; {show}; echo re''ady\n".encode())
-            terminal.read_until(b"ready")
-            for typed, completed in COMPLETIONS:
-                terminal.type(f"zmqmsg {typed}\t\n".encode())
-                terminal.read_until("".join(f"<{word}>" for word in completed).encode())
-        finally:
-            process.kill()
+    (tmp_path / "picture.png").touch()
+    shell(command)
+    source = f'eval "$(_ZMQMSG_COMPLETE={command.split()[0]}_source zmqmsg)"'
+    show = "zmqmsg() { printf '<%s>' \"$@\"; echo; }"
+    terminal.type(f"{preparation}{source}; {show}; echo re''ady\n".encode())
+    terminal.read_until(b"ready")
+    for typed, completed in COMPLETIONS:
+        terminal.type(f"zmqmsg {typed}\t\n".encode())
+        terminal.read_until("".join(f"<{word}>" for word in completed).encode())
 
 
 @pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
-@pytest.mark.parametrize(("typed", "completed"), COMPLETIONS[1::3])
-def test_fish_completes(folder: Path, typed: str, completed: list[str]) -> None:
+@pytest.mark.parametrize(("typed", "completed"), COMPLETIONS[1::2])
+def test_fish_completes(tmp_path: Path, typed: str, completed: list[str]) -> None:
+    (tmp_path / "picture.png").touch()
     script = f"_ZMQMSG_COMPLETE=fish_source zmqmsg | source; complete -C 'zmqmsg {typed}'"
-    done = subprocess.run(
-        ["fish", "--no-config", "-c", script],
-        cwd=folder,
-        env=ENVIRONMENT | {"HOME": str(folder)},
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
-    )
-    assert [line.partition("\t")[0] for line in done.stdout.splitlines()] == completed[-1:]
-    assert done.stderr == ""
+    environment = ENVIRONMENT | {"HOME": str(tmp_path)}
+    done = subprocess.run(["fish", "--no-config", "-c", script], cwd=tmp_path, env=environment, capture_output=True)
+    assert [line.partition(b"\t")[0].decode() for line in done.stdout.splitlines()] == completed[-1:]
+    assert done.stderr == b""

@@ -1,14 +1,18 @@
-"""Bytes in and out: messages in, frames to standard output, notices to standard error. Knows no ZeroMQ."""
+"""Bytes in and out: messages in, messages to standard output, notices to standard error. Knows no ZeroMQ.
 
+The quoted form of a message is one line: its frames, separated by TAB, with special bytes escaped.
+"""
+
+import errno
+import io
 import os
+import re
 import select
 import stat
 import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import suppress
-from errno import EBADF
-from functools import partial
-from typing import IO, Any
+from typing import IO, Any, NamedTuple, TextIO, cast
 
 import click
 
@@ -18,104 +22,248 @@ CHUNK = 65536
 LONG_INPUT = 65536
 """Bytes of redirected standard input from which on there is a progress bar."""
 
-MANY_FILES = 10
-"""Files from which on there is a progress bar."""
+QUOTED_LIMIT = 40
+"""Bytes of a message that a notice quotes."""
 
-CLEAR_BAR = "\r\033[K\033[?25h"
-"""To the start of the line, erase it, and show the cursor, which click's bar hides."""
+HIDE_CURSOR = "\033[?25l"
 
 # A terminal obeys the control characters C0 (below 0x20), DEL and C1 (0x7f to 0x9f), and Unicode's bidirectional
-# controls reorder what a person reads. Newline and tab do no harm where a message stands alone.
-_UNSAFE = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_IN_NOTICE = {code: chr(code).encode("unicode_escape").decode() for code in _UNSAFE}
-_IN_MESSAGE = {code: escape for code, escape in _IN_NOTICE.items() if chr(code) not in "\n\t"}
+# controls reorder what a person reads. Bytes that are not valid UTF-8 are decoded to the surrogates from U+DC80 on.
+_CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_HEX = {code: "".join(f"\\x{byte:02x}" for byte in chr(code).encode()) for code in _CONTROLS} | {
+    0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)
+}
+_IN_NOTICE = _HEX | {ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"}
+_IN_QUOTED = _IN_NOTICE | {ord("\\"): "\\\\"}
+# Newline and TAB do no harm where a message stands alone.
+_ON_TERMINAL = {code: escape for code, escape in _HEX.items() if chr(code) not in "\n\t"}
 
-_bar_shown = False
+_ESCAPE = re.compile(rb"\\(x[0-9A-Fa-f]{2}|.|$)", re.DOTALL)
+_UNESCAPED = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 
-def tell(text: str, colour: str = "cyan") -> None:
-    """Write one notice line to standard error, with whatever it quotes escaped."""
-    # What is not UTF-8 in an argument stands in a str as surrogates.
-    visible = text.encode(errors="surrogateescape").decode(errors="backslashreplace").translate(_IN_NOTICE)
-    # That a notice cannot be written is no reason to fail.
-    with suppress(OSError):
-        clear_progress()
-        prefix = "zmqmsg: " if os.environ.get("NO_COLOR") else click.style("zmqmsg: ", fg=colour)
-        click.echo(prefix + visible, err=True)
+class Failure(click.ClickException):
+    """Something failed for good. The message tells the user what, and what to do."""
+
+
+class Form(NamedTuple):
+    """How messages look on standard input and output: each ended by ``end``, and as quoted lines or as they are."""
+
+    end: bytes
+    quoted: bool
+
+    @classmethod
+    def choose(cls, *, null: bool, quoted: bool) -> "Form":
+        """Return the form that the options ask for; raise UsageError if they contradict each other."""
+        if null and quoted:
+            raise click.UsageError("--null and --quoted exclude each other.")
+        return cls(b"\0" if null else b"\n", quoted)
+
+
+# Quoting
+
+
+def quote(frames: Sequence[bytes]) -> bytes:
+    """Return ``frames``, one or more, as a quoted line without its newline."""
+    return b"\t".join(_escape(frame, _IN_QUOTED) for frame in frames)
+
+
+def unquote(line: bytes) -> list[bytes]:
+    """Return the frames of a quoted line; raise ValueError, naming it, if there is a wrong escape."""
+    return [_ESCAPE.sub(_unescape, frame) if b"\\" in frame else frame for frame in line.split(b"\t")]
+
+
+def _escape(frame: bytes, table: dict[int, str]) -> bytes:
+    text = frame.decode(errors="surrogateescape")
+    # Nothing that any table escapes is printable but the backslash.
+    return frame if text.isprintable() and "\\" not in text else text.translate(table).encode()
+
+
+def _unescape(match: re.Match[bytes]) -> bytes:
+    escape = match[1]
+    if escape[:1] == b"x" and len(escape) == 3:
+        return bytes.fromhex(escape[1:].decode())
+    if escape not in _UNESCAPED:
+        raise ValueError(rf"'{match[0].decode(errors='surrogateescape')}' is none of \\ \t \n \r \xHH")
+    return _UNESCAPED[escape]
+
+
+# Standard error
+
+
+class _StandardError(io.TextIOBase):
+    """Standard error as notices and click's progress bar need it.
+
+    What cannot be written is dropped, since a notice is no reason to fail. So is what nobody reads: a reader that has
+    let a full pipe stand for a second is not waited for again until it reads on.
+    """
+
+    def __init__(self) -> None:
+        self._stalled = False
+        self._line_begun = False
+
+    def isatty(self) -> bool:
+        return _is_terminal(sys.stderr)
+
+    def write(self, text: str) -> int:
+        # A signal may end the process at any time, and would leave a hidden cursor behind.
+        data = text.replace(HIDE_CURSOR, "").encode(
+            getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"
+        )
+        stream = _raw(sys.stderr)
+        with suppress(OSError):
+            if stream and select.select([], [stream], [], 0 if self._stalled else 1)[1]:
+                stream.write(data)
+                self._line_begun = not text.endswith("\n")
+                self._stalled = False
+            else:
+                self._stalled = True
+        return len(text)
+
+    def write_line(self, text: str) -> None:
+        """Write ``text`` on a line of its own: below the progress bar, if there is one."""
+        self.write("\n" * self._line_begun + text + "\n")
+
+
+_standard_error = _StandardError()
+
+
+def notify(text: str, colour: str = "cyan") -> None:
+    """Write a notice to standard error, with whatever it quotes escaped: one line, unless a terminal is too narrow."""
+    line = "zmqmsg: " + text.translate(_IN_NOTICE)
+    if _standard_error.isatty():
+        import textwrap  # 1 ms, for terminals alone
+
+        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
+        line = textwrap.fill(line, width - 1, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        if not os.environ.get("NO_COLOR"):
+            line = line.replace("zmqmsg:", click.style("zmqmsg:", fg=colour), 1)
+    _standard_error.write_line(line)
+
+
+def show_error(error: click.ClickException) -> None:
+    """Write ``error`` to standard error: a Failure as a notice, any other as click words it."""
+    if isinstance(error, Failure):
+        notify(error.message, "red")
+    else:
+        text = io.StringIO()
+        error.show(text)
+        _standard_error.write(text.getvalue().translate(_ON_TERMINAL))
+
+
+def describe(frames: Sequence[Any]) -> str:
+    """Return how many frames and bytes there are, in words."""
+    size = sum(map(len, frames))
+    return f"{len(frames)} frame{'s' * (len(frames) != 1)}, {size} byte{'s' * (size != 1)}"
+
+
+def abridge(frames: Sequence[bytes]) -> str:
+    """Return the start of a message between quotation marks, for a notice."""
+    text = frames[0][:QUOTED_LIMIT].decode(errors="surrogateescape")
+    return f"'{text}'" if len(frames[0]) <= QUOTED_LIMIT else f"'{text}'..."
+
+
+# Standard output
 
 
 class Output:
-    """Standard output: frames as raw bytes, or as readable text if it is a terminal, each written at once.
+    """Standard output, for messages alone: each is written at once, as bytes or, on a terminal, as readable text."""
 
-    ``written`` grows while what does not go out at once goes out in parts.
-    """
-
-    def __init__(self, end: bytes) -> None:
-        """Write ``end`` after each frame."""
-        self.written = 0
-        self._end = end
+    def __init__(self, form: Form) -> None:
+        self._form = form
         self._stream = _raw(sys.stdout)
         self._terminal = _is_terminal(sys.stdout)
-        self.descriptor = _descriptor(self._stream)
 
     def write(self, frames: Sequence[Any]) -> None:
-        """Write ``frames``, which are bytes or have them in a buffer.
+        """Write ``frames``, one or more, which are bytes or have them in a buffer.
 
-        Raises BrokenPipeError if the reader is gone, ClickException if it fails otherwise.
+        Raises BrokenPipeError if the reader is gone, Failure if it fails otherwise.
         """
-        if self._terminal:
-            frames = [bytes(f).decode(errors="backslashreplace").translate(_IN_MESSAGE).encode() for f in frames]
+        if self._form.quoted or (self._terminal and len(frames) > 1):
+            frames = [quote([bytes(frame) for frame in frames])]
+        elif self._terminal:
+            frames = [_escape(bytes(frames[0]), _ON_TERMINAL)]
         try:
             if len(frames) == 1 and len(frames[0]) >= CHUNK:
                 self._write(frames[0])
-                self._write(self._end)
+                self._write(self._form.end)
             else:
-                self._write(self._end.join([*frames, b""]))
+                self._write(self._form.end.join([*frames, b""]))
         except BrokenPipeError:
             raise
         except OSError as error:
-            raise click.ClickException(f"cannot write to standard output: {error.strerror}") from error
+            raise Failure(f"cannot write to standard output: {error.strerror}") from error
 
     def _write(self, data: Any) -> None:
         if self._stream is None:
-            raise OSError(EBADF, os.strerror(EBADF))
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         while (written := self._stream.write(data)) != len(data):
-            if written is None:  # a non-blocking descriptor takes no more for now
-                select.select([], [self._stream], [], 1)
-            else:
-                self.written += written
-                data = memoryview(data)[written:]
+            if written is None:  # Python's word for EAGAIN
+                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+            data = memoryview(data)[written:]
+
+
+# Messages
 
 
 def read_messages(
-    arguments: Sequence[str], files: Sequence[str], end: bytes, output: int | None, idle: Callable[[], None]
-) -> Iterator[bytes]:
-    """Yield ``arguments``, then the contents of ``files`` (``-``: standard input), as messages.
+    arguments: Sequence[str], files: Sequence[str], form: Form, while_waiting: Callable[[], None]
+) -> Generator[list[bytes]]:
+    """Yield the frames of each message: of ``arguments``, then of the contents of ``files`` (``-``: standard input).
 
-    With neither, yield those of standard input, each as soon as its ``end`` has come. Waiting for it calls ``idle``
-    each second, and raises BrokenPipeError when the reader of the file descriptor ``output`` goes away. What cannot be
-    read raises ClickException.
+    With neither, yield those of the lines of standard input, in the given form, each as soon as it is complete.
+    Waiting for standard input calls ``while_waiting`` each second. Raises Failure for what cannot be read. Close the
+    generator to end the progress bar.
     """
-    yield from map(os.fsencode, arguments)
+    for argument in arguments:
+        yield [os.fsencode(argument)]
     for file in files:
-        yield b"".join(_read_standard_input(output, idle)) if file == "-" else _read(file, partial(_contents, file))
+        yield [b"".join(_read_standard_input(while_waiting)) if file == "-" else _read_file(file)]
     if not arguments and not files:
         if _is_terminal(sys.stdin):
-            tell("reading messages, one a line; Ctrl-D ends")
-        yield from _split(_read_standard_input(output, idle), end)
+            notify("reading messages, one a line; Ctrl-D ends")
+        lines = _split(_read_standard_input(while_waiting), form.end)
+        for number, line in enumerate(_show_progress(lines), 1):
+            yield _unquote_line(line, number) if form.quoted else [line]
 
 
-def _contents(file: str) -> bytes:
-    with open(file, "rb") as opened:
-        return opened.read()
+def _unquote_line(line: bytes, number: int) -> list[bytes]:
+    try:
+        return unquote(line)
+    except ValueError as error:
+        raise Failure(f"line {number} of standard input: {error}") from error
+
+
+def _read_file(file: str) -> bytes:
+    try:
+        with open(file, "rb") as opened:
+            return opened.read()
+    except OSError as error:
+        raise Failure(f"cannot read {file}: {error.strerror}") from error
+
+
+def _read_standard_input(while_waiting: Callable[[], None]) -> Iterator[bytes]:
+    stream = _raw(sys.stdin)
+    try:
+        if stream is None:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        while True:
+            while not select.select([stream], [], [], 1)[0]:
+                while_waiting()
+            if not (chunk := stream.read(CHUNK)):
+                return
+            yield chunk
+    except OSError as error:
+        raise Failure(f"cannot read standard input: {error.strerror}") from error
 
 
 def _split(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
+    """Yield what stands between one ``end`` and the next; the last one may be missing."""
     parts: list[bytes] = []
     for chunk in chunks:
         *complete, tail = chunk.split(end)
-        for message in complete:
-            yield b"".join([*parts, message]) if parts else message
+        for line in complete:
+            yield b"".join([*parts, line]) if parts else line
             parts = []
         if tail:
             parts.append(tail)
@@ -123,74 +271,26 @@ def _split(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
-def _read_standard_input(output: int | None, idle: Callable[[], None]) -> Iterator[bytes]:
-    stream = _raw(sys.stdin)
-    if stream is None:
-        raise click.ClickException(f"cannot read standard input: {os.strerror(EBADF)}")
-    descriptor = _descriptor(stream)
-    poller = select.poll()
-    for number, events in (descriptor, select.POLLIN), (output, 0):
-        if number is not None:
-            poller.register(number, events)
-    while True:
-        # A second at most: a signal that comes just before the system call is seen only after it.
-        ready = dict(poller.poll(1000)) if descriptor is not None else {}
-        if output in ready:
-            raise BrokenPipeError
-        if descriptor is not None and descriptor not in ready:
-            idle()
-            continue
-        chunk = _read("standard input", partial(stream.read, CHUNK))
-        if chunk:
-            yield chunk
-        elif chunk is not None:  # None: a non-blocking descriptor has no more for now
-            return
-
-
-def _read(name: str, read: Callable[[], Any]) -> Any:
-    try:
-        return read()
-    except OSError as error:
-        raise click.ClickException(f"cannot read {name}: {error.strerror}") from error
-
-
-def show_progress(messages: Iterator[bytes], arguments: Sequence[str], files: Sequence[str]) -> Generator[bytes]:
-    """Yield ``messages``, with click's progress bar where a person waits for long input to be sent.
-
-    That is a long file redirected to standard input, or many ``files``, and no ``arguments``, with standard error a
-    terminal and standard output none. Close the generator to clear the bar.
-    """
-    global _bar_shown
-    length = len(files) or _redirected_bytes()
-    long = length >= (MANY_FILES if files else LONG_INPUT)
-    if arguments or not long or not _is_terminal(sys.stderr) or _is_terminal(sys.stdout):
-        yield from messages
+def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield ``lines``, with click's progress bar where a person waits for a long redirected file to be sent."""
+    length = _redirected_bytes()
+    if length < LONG_INPUT or not _is_terminal(sys.stderr) or _is_terminal(sys.stdout):
+        yield from lines
         return
-    bar = click.progressbar(length=length, file=sys.stderr, update_min_steps=max(1, length // 200))
-    _bar_shown = True
-    try:
-        bar.render_progress()
-        for message in messages:
-            yield message
-            bar.update(1 if files else len(message) + 1)
-    finally:
-        clear_progress()
-        _bar_shown = False
-
-
-def clear_progress() -> None:
-    """Clear the progress bar, if there is one, until it is drawn again."""
-    if _bar_shown:
-        with suppress(OSError, RuntimeError):  # the latter from a signal handler, in the middle of another line
-            click.echo(CLEAR_BAR, nl=False, err=True)
+    file = cast(TextIO, _standard_error)
+    with click.progressbar(length=length, file=file, update_min_steps=length // 200) as bar:
+        for line in lines:
+            yield line
+            bar.update(len(line) + 1)
 
 
 def _redirected_bytes() -> int:
     """Return how many bytes are left of the file that is standard input; 0 if it is none."""
-    descriptor = _descriptor(_raw(sys.stdin))
-    if descriptor is None or not stat.S_ISREG((status := os.fstat(descriptor)).st_mode):
+    stream = _raw(sys.stdin)
+    if stream is None:
         return 0
-    return status.st_size - os.lseek(descriptor, 0, os.SEEK_CUR)
+    status = os.fstat(stream.fileno())
+    return status.st_size - stream.tell() if stat.S_ISREG(status.st_mode) else 0
 
 
 def _raw(stream: IO[str] | None) -> Any:
@@ -200,13 +300,6 @@ def _raw(stream: IO[str] | None) -> Any:
     """
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)
-
-
-def _descriptor(stream: Any) -> int | None:
-    try:
-        return int(stream.fileno())
-    except (AttributeError, OSError):  # closed, or in memory
-        return None
 
 
 def _is_terminal(stream: IO[str] | None) -> bool:

@@ -1,67 +1,122 @@
-"""CURVE keys: load and create them, apply them to a socket, let in the clients that are known."""
+"""CURVE keys: load and create them, apply them to sockets, and decide which clients are let in (ZAP, RFC 27)."""
 
 import os
+import stat
 import struct
-from collections.abc import Callable, Collection
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
 from threading import Thread
 from typing import NamedTuple
 
+import click
 import zmq
 from zmq.auth.certs import load_certificate
 from zmq.utils import z85
 
+from zmqmsg.console import notify
 from zmqmsg.sockets import Context, Socket
 
 OTHERS = 0o077
 """What the mode of a secret key file must not allow: anything to group or others."""
 
+KEY_FILE_LIMIT = 65536
+"""Bytes that a key file may have."""
 
-class Keys(NamedTuple):
-    """The CURVE keys of one end, each as 40 characters of Z85: its own, and those of its peers."""
+REFUSAL_INTERVAL = 60.0
+"""Seconds in which the same refused client is told of once."""
+
+REFUSAL_LIMIT = 20
+"""Refused clients that are told of at most within REFUSAL_INTERVAL."""
+
+Secure = Callable[[Socket], None]
+
+
+class KeyPair(NamedTuple):
+    """A CURVE key, each half as 40 characters of Z85."""
 
     public: bytes
     secret: bytes
-    clients: frozenset[bytes]
-    server: bytes
-
-    @classmethod
-    def load(cls, own: Path, clients: Path | None, server: Path | None, tell: Callable[[str], None]) -> "Keys":
-        """Load the secret key file ``own`` and the public keys of the clients or the server that are named.
-
-        If there is no ``own``, it is created before all else, and ``tell`` hears which file to hand over: so two people
-        can each start their end once. Raises ValueError, naming the file, if anything is wrong with one.
-        """
-        if not own.exists():
-            _create(own)
-            tell(f"created {own}; hand {public_path(own)} to the other side")
-        public, secret = _load(own)
-        if not secret:
-            raise ValueError(f"{own} holds no secret key; give the file that does")
-        if own.stat().st_mode & OTHERS:
-            raise ValueError(f"others may read the secret in {own}; mend it with: chmod 600 {quote(str(own))}")
-        return cls(public, secret, _load_clients(clients), _load_public(server) if server else b"")
 
     def __repr__(self) -> str:
         """Return nothing of the secret, wherever it may be printed."""
-        return f"Keys({self.public!r})"
+        return f"KeyPair({self.public!r})"
 
-    def secure_server(self, socket: Socket) -> None:
-        """Make ``socket`` a CURVE server for what it binds from now on, and let in ``clients`` alone."""
-        _let_in(socket.context, self.clients)
+
+# What the options ask for
+
+
+def client_security(key: str | None, server_key: str | None) -> Secure:
+    """Return what makes a socket a CURVE client that talks to the holder of ``server_key`` alone.
+
+    Without ``key`` it has a key pair of this run only. Raises UsageError, naming the file, if anything is wrong.
+    """
+    if not server_key:
+        raise click.UsageError("--key needs --server-key: the public key file of the server")
+    own = load_key_pair(Path(key)) if key else KeyPair(*zmq.curve_keypair())
+    server = load_public_key(Path(server_key))
+
+    def secure(socket: Socket) -> None:
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = own.public, own.secret, server
+
+    return secure
+
+
+def server_security(
+    key: str | None, client_keys: str | None, server_key: str | None, *, binds: bool, connects: bool
+) -> tuple[Secure | None, Secure | None]:
+    """Return what makes the bound socket of ``serve`` a CURVE server, and the connected ones CURVE clients.
+
+    Raises UsageError if an option is missing, or naming the file if anything is wrong with it.
+    """
+    if client_keys and not (key and binds):
+        raise click.UsageError("--client-keys needs --key, and an endpoint that is bound")
+    if server_key and not connects:
+        raise click.UsageError("--server-key needs --connect")
+    if key and connects and not server_key:
+        raise click.UsageError("--key with --connect needs --server-key: the public key file of the broker")
+    if server_key and binds and not key:
+        raise click.UsageError("--server-key with --bind needs --key, or what is bound would not be encrypted")
+    own = load_key_pair(Path(key)) if key and binds else None
+    clients = ClientKeys(Path(client_keys)) if client_keys else None
+
+    def secure(socket: Socket) -> None:
+        assert own
+        if clients:
+            start_zap_handler(socket.context, clients)
+            socket.zap_domain = b"zmqmsg"
+            # Without it, libzmq would let everybody in if there were no ZAP handler.
+            socket.zap_enforce_domain = True
         socket.curve_server = True
-        socket.curve_secretkey = self.secret
-        socket.zap_domain = b"zmqmsg"
-        # Without it, libzmq would let everybody in if there were no ZAP handler.
-        socket.zap_enforce_domain = True
+        socket.curve_secretkey = own.secret
 
-    def secure_client(self, socket: Socket) -> None:
-        """Make ``socket`` a CURVE client, which talks to the holder of ``server`` alone."""
-        socket.curve_publickey = self.public
-        socket.curve_secretkey = self.secret
-        socket.curve_serverkey = self.server
+    return secure if own else None, client_security(key, server_key) if server_key else None
+
+
+# Key files, as pyzmq and CZMQ have them
+
+
+def load_key_pair(path: Path) -> KeyPair:
+    """Load the secret key file at ``path``, created if it is missing; raise UsageError if it cannot be used."""
+    if not path.exists():
+        _create(path)
+        notify(f"created {path}; give its public half, {public_path(path)}, to your peers")
+    public, secret = _load(path)
+    if not secret:
+        raise click.UsageError(f"{path} is not a secret key; pass the one that is")
+    if path.stat().st_mode & OTHERS:
+        raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {quote(str(path))}")
+    return KeyPair(public, secret)
+
+
+def load_public_key(path: Path) -> bytes:
+    """Return the public key in the file at ``path``; raise UsageError if it is none, or a secret one."""
+    public, secret = _load(path)
+    if secret:
+        raise click.UsageError(f"{path} is a secret key; pass its public half")
+    return public
 
 
 def public_path(own: Path) -> Path:
@@ -71,41 +126,28 @@ def public_path(own: Path) -> Path:
 
 def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_FILE_LIMIT:
+            raise click.UsageError(f"{path} is not a CURVE key file: it is no regular file, or too large")
         public, secret = load_certificate(path)
-        for key in (public, secret or public):
-            if len(z85.decode(key)) != 32:
+        for half in (public, secret or public):
+            if len(z85.decode(half)) != 32:
                 raise ValueError
     except OSError as error:
-        raise ValueError(f"cannot read key file {path}: {error.strerror or 'no such file'}") from error
+        raise click.UsageError(f"cannot read key file {path}: {error.strerror}") from error
     except (ValueError, IndexError, KeyError, struct.error) as error:  # the latter from pyzmq's readers
-        raise ValueError(f"{path} is not a CURVE key file") from error
+        raise click.UsageError(f"{path} is not a CURVE key file") from error
     return public, secret
-
-
-def _load_public(path: Path) -> bytes:
-    public, secret = _load(path)
-    if secret:
-        raise ValueError(f"{path} holds a secret key, which is its owner's alone; give its public half")
-    return public
-
-
-def _load_clients(path: Path | None) -> frozenset[bytes]:
-    if not path:
-        return frozenset()
-    keys = frozenset(map(_load_public, path.iterdir() if path.is_dir() else [path]))
-    if not keys:
-        raise ValueError(f"{path} is an empty folder, which would let nobody in")
-    return keys
 
 
 def _create(own: Path) -> None:
     """Write both halves of a new key. pyzmq's own writer overwrites files, and lets others read the secret."""
-    public, secret = (key.decode() for key in zmq.curve_keypair())
+    public, secret = (half.decode() for half in zmq.curve_keypair())
     text = f'metadata\ncurve\n    public-key = "{public}"\n'
     _write(public_path(own), text, 0o644)
     try:
         _write(own, f'{text}    secret-key = "{secret}"\n', 0o600)
-    except ValueError:
+    except click.UsageError:
         public_path(own).unlink()
         raise
 
@@ -120,25 +162,116 @@ def _write(path: Path, text: str, mode: int) -> None:
             path.unlink()
             raise
     except OSError as error:
-        raise ValueError(f"cannot create key file {path}: {error.strerror}") from error
+        raise click.UsageError(f"cannot create key file {path}: {error.strerror}") from error
 
 
-def _let_in(context: Context, clients: Collection[bytes]) -> None:
-    """Start the ZAP handler (RFC 27) of ``context``, which ends with it.
+# Which clients are let in
 
-    pyzmq's own needs asyncio, which takes longer to import than all the rest.
+
+class ClientKeys:
+    """The public keys in a file, or in the files of a directory, as they are at each look-up.
+
+    A file is read again only when it has changed. One that is not a public key lets nobody in; a notice names it.
     """
-    known = {z85.decode(key) for key in clients}
+
+    def __init__(self, path: Path) -> None:
+        """Read the keys at ``path``; raise UsageError if there is nothing."""
+        if not path.exists():
+            raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
+        self._path = path
+        self._seen: dict[str, tuple[int, ...]] = {}
+        self._keys: dict[str, bytes | None] = {}
+        self._names: dict[bytes, str] = {}
+        self._refresh()
+        if not self._names:
+            notify(f"no client can connect until there is a public key in {path}", "yellow")
+
+    def find(self, public: bytes) -> str | None:
+        """Return the name of the file that holds ``public`` (Z85), or None."""
+        self._refresh()
+        return self._names.get(public)
+
+    def _refresh(self) -> None:
+        seen = self._scan()
+        if seen != self._seen:
+            changed = {name for name, signature in seen.items() if self._seen.get(name) != signature}
+            directory = self._path if self._path.is_dir() else self._path.parent
+            self._keys = {
+                name: _read_client_key(directory / name) if name in changed else self._keys[name] for name in seen
+            }
+            self._names = {key: name for name, key in self._keys.items() if key}
+            self._seen = seen
+
+    def _scan(self) -> dict[str, tuple[int, ...]]:
+        """Return for each file what changes whenever its contents do."""
+        seen: dict[str, tuple[int, ...]] = {}
+        try:
+            files = os.scandir(self._path) if self._path.is_dir() else [self._path]
+        except OSError:  # a path that is gone lets nobody in
+            return {}
+        for file in files:
+            try:
+                status = file.stat()
+            except OSError:  # it has just been removed
+                continue
+            seen[file.name] = (status.st_ino, status.st_size, status.st_ctime_ns)
+        return seen
+
+
+def _read_client_key(path: Path) -> bytes | None:
+    try:
+        return load_public_key(path)
+    except click.UsageError as error:
+        notify(f"{error.message}; it lets nobody in", "yellow")
+        return None
+
+
+class _Refusals:
+    """Tells of clients that are refused: of each once in a while, and not of too many."""
+
+    def __init__(self) -> None:
+        self._told: dict[tuple[bytes, bytes], float] = {}
+
+    def notify(self, address: bytes, public: bytes) -> None:
+        now = time.monotonic()
+        self._told = {client: since for client, since in self._told.items() if now - since < REFUSAL_INTERVAL}
+        if (address, public) in self._told or len(self._told) >= REFUSAL_LIMIT:
+            return
+        self._told[address, public] = now
+        where = address.decode(errors="backslashreplace")
+        notify(f"refused a client from {where}: its public key {public.decode()} is not known", "yellow")
+        if len(self._told) == REFUSAL_LIMIT:
+            notify("not telling of more refused clients for a while", "yellow")
+
+
+def start_zap_handler(context: Context, clients: ClientKeys) -> None:
+    """Start a thread that lets the holders of ``clients`` in, and nobody else; it ends with ``context``.
+
+    pyzmq's own handler needs asyncio, which takes 40 ms to import.
+    """
     handler = context.socket(zmq.REP)
     handler.linger = 0
     handler.bind("inproc://zeromq.zap.01")
+    refusals = _Refusals()
 
     def answer() -> None:
         with handler, suppress(zmq.ContextTerminated):
             while True:
-                version, request, _domain, _address, _identity, mechanism, *credentials = handler.recv_multipart()
-                admitted = mechanism == b"CURVE" and credentials[0] in known
-                verdict = [b"200", b"OK"] if admitted else [b"400", b"unknown key"]
-                handler.send_multipart([version, request, *verdict, b"", b""])
+                handler.send_multipart(_judge(handler.recv_multipart(), clients, refusals))
 
     Thread(target=answer, name="ZAP", daemon=True).start()
+
+
+def _judge(request: list[bytes], clients: ClientKeys, refusals: _Refusals) -> list[bytes]:
+    """Return the ZAP reply: status 200 and the name of the client's key file as its user id, or 400."""
+    version, request_id, _domain, address, _identity, mechanism, credentials = (*request[:7], *[b""] * 7)[:7]
+    name = None
+    if mechanism == b"CURVE" and len(credentials) == 32:
+        public = z85.encode(credentials)
+        name = clients.find(public)
+        if name is None:
+            refusals.notify(address, public)
+    if name is None:
+        return [version, request_id, b"400", b"unknown key", b"", b""]
+    user_id = name.encode(errors="backslashreplace")  # pyzmq reads it as UTF-8
+    return [version, request_id, b"200", b"OK", user_id, b""]

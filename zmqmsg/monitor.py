@@ -1,27 +1,45 @@
-"""What the monitor of a connecting socket says, in our terms: waiting, connected, lost, refused, and why."""
+"""What the monitor of a connecting socket says, in our terms: who is there, or why nobody is.
+
+``PeerState`` draws the conclusions, ``Connection`` owns the socket with its monitor, and ``Connections`` are all those
+of a command.
+"""
 
 import errno
+import os
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from enum import Enum, auto
+from enum import Enum, IntEnum, auto
+from functools import partial
 from itertools import count
+from typing import Any
 
 import zmq
 
-from zmqmsg.sockets import HANDSHAKE_LIMIT, Failure, Socket, connect
+from zmqmsg.console import Failure, notify
+from zmqmsg.sockets import HANDSHAKE_LIMIT, Context, Socket, connect, ipc_path
 
-PATIENCE = 1.0
+NOTICE_DELAY = 1.0
 """Seconds of waiting before the user is told of it."""
 
-SETTLING = 0.3
-"""Seconds of silence that mean something: after CONNECTED that the peer speaks ZMTP 2, whose handshake raises no
-event; after DISCONNECTED that libzmq will not connect again."""
+REOPEN_DELAY = 1.0
+"""Seconds before a socket that libzmq has given up is replaced."""
+
+RETRY_DELAY = 0.3
+"""Seconds within which CONNECT_RETRIED follows DISCONNECTED if libzmq connects again."""
+
+PROBE_LIMIT = 1.0
+"""Seconds that a peer has to send its greeting to a probe."""
+
+UPDATE_INTERVAL = 0.001
+"""Seconds in which monitors are asked once at most: to ask before each request takes 10 % of a stream's time. Within
+them libzmq cannot be back on a new connection (RECONNECT_IVL is 0.1 s), so an old loss does not pass for a new one."""
+
+SIGNATURE = b"\xff" + bytes(7) + b"\x01\x7f"
+"""How a peer of ZMTP 2 or later begins its greeting."""
 
 POLLIN = int(zmq.POLLIN)  # arithmetic with the enum itself is slow
-
-NO_TROUBLE = "no answer yet"
 
 _names = (f"inproc://zmqmsg.monitor.{number}" for number in count())
 
@@ -30,32 +48,228 @@ class State(Enum):
     """Where a connection stands."""
 
     CONNECTING = auto()
+    """There is no TCP connection; libzmq tries again and again."""
     HANDSHAKING = auto()
+    """TCP is connected, and the handshake of ZMTP not finished."""
     READY = auto()
-    BROKEN_OFF = auto()
-    """Disconnected during the handshake: either CONNECT_RETRIED follows at once, or never."""
-    ABANDONED = auto()
-    """Libzmq does not connect again, unless CONNECT_RETRIED follows."""
+    """Requests can be sent."""
+    HUNG_UP = auto()
+    """The connection ended during the handshake, and libzmq has not said that it connects again."""
+    GIVEN_UP = auto()
+    """The connection ended, and libzmq may not connect again."""
+    HOPELESS = auto()
+    """Whoever is there will not talk to us."""
+
+
+class Verdict(IntEnum):
+    """What a Probe has found: events beside those of libzmq, which are above 0."""
+
+    OPEN = 0
+    ZMTP = -1
+    NO_ZMTP = -2
+
+
+class Trouble(Enum):
+    """Why nobody is ready, in a notice of its own or as the end of another text: see ``Connection.explain``."""
+
+    UNKNOWN = "{waiting}no answer yet"
+    REFUSED = "{waiting}nothing accepts connections there"
+    FORBIDDEN = "{waiting}no permission to connect to that path"
+    UNRESOLVED = "{waiting}cannot resolve {name}"
+    NOT_ZEROMQ = "connected{at}, but it has not answered as ZeroMQ; is the port right?"
+    NEEDS_CURVE = "{waiting}the server may require CURVE; pass --server-key"
+    CURVE_FAILING = "{waiting}CURVE handshake failing; check --server-key, and that the server uses CURVE"
+    KEY_REFUSED = "{it} refused: the server does not know this key"
+    WRONG_TYPE = "{it} is neither a {wanted} socket"
+
+
+# What an event means depends on the state; all that is not here changes nothing. A handshake goes wrong in four ways.
+# Mostly libzmq says so (FAILED_NO_DETAIL) and tries again. After FAILED_PROTOCOL and FAILED_AUTH it does not. Nor does
+# it after a bare DISCONNECTED, for which the peer's socket type is wrong, or what it said was no ZMTP at all; but if
+# CONNECT_RETRIED follows at once, it was an ordinary break. And a peer of ZMTP 1 or 2 has no handshake whose end libzmq
+# could tell, and looks like a banner of text, which libzmq takes for ZMTP 1. Where events leave a doubt, a Probe looks
+# at how the peer begins. Whatever ends a connection that was ready is a loss.
+_TRANSITIONS: dict[tuple[State, int], State] = {
+    (State.CONNECTING, zmq.EVENT_CONNECTED): State.HANDSHAKING,
+    (State.HANDSHAKING, zmq.EVENT_HANDSHAKE_SUCCEEDED): State.READY,
+    (State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): State.CONNECTING,
+    (State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): State.GIVEN_UP,
+    (State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_AUTH): State.HOPELESS,
+    (State.HANDSHAKING, zmq.EVENT_DISCONNECTED): State.HUNG_UP,
+    (State.HANDSHAKING, Verdict.ZMTP): State.READY,
+    (State.HANDSHAKING, Verdict.NO_ZMTP): State.GIVEN_UP,
+    (State.HUNG_UP, zmq.EVENT_CONNECT_RETRIED): State.CONNECTING,
+    (State.HUNG_UP, Verdict.ZMTP): State.HOPELESS,
+    (State.HUNG_UP, Verdict.NO_ZMTP): State.GIVEN_UP,
+    (State.READY, zmq.EVENT_DISCONNECTED): State.GIVEN_UP,
+    (State.READY, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): State.GIVEN_UP,
+    (State.GIVEN_UP, zmq.EVENT_CONNECT_RETRIED): State.CONNECTING,
+}
+
+
+class PeerState:
+    """The state of the peer at one endpoint, as a pure machine: events and the time in, conclusions out.
+
+    ``ready``: requests can be sent. ``losses`` counts the connections that ended though they were ready. ``known``: one
+    was ready at some time.
+    """
+
+    def __init__(self, now: float, handshake_limit: float, *, curve: bool = False) -> None:
+        """Begin with CONNECTING. Times are in seconds, of any one clock."""
+        self.losses = 0
+        self.known = False
+        self._curve = curve
+        self._trouble = Trouble.UNKNOWN
+        self._failures = 0
+        self._handshake_limit = handshake_limit
+        # Past its limit, libzmq has cut off whoever owes it a handshake; a tenth more allows for a busy machine.
+        self._limits = {
+            State.HANDSHAKING: 1.1 * handshake_limit,
+            State.HUNG_UP: RETRY_DELAY,
+            State.GIVEN_UP: REOPEN_DELAY,
+        }
+        self.restart(now)
+
+    def restart(self, now: float) -> None:
+        """Begin again with CONNECTING, for a new socket; what is known of the peer stays."""
+        self._resolved = False
+        self._enter(State.CONNECTING, now)
+
+    @property
+    def due(self) -> float:
+        """When silence will mean something: that a probe or a new socket is wanted."""
+        return self._since + self._limits.get(self.state, float("inf"))
+
+    def wants_probe(self, now: float) -> bool:
+        """Return whether to look at how the peer begins: events leave a doubt."""
+        return self.state in (State.HANDSHAKING, State.HUNG_UP) and now >= self.due
+
+    def wants_new_socket(self, now: float) -> bool:
+        """Return whether libzmq has had time enough to connect again by itself."""
+        return self.state is State.GIVEN_UP and now >= self.due
+
+    def trouble(self, now: float) -> Trouble:
+        """Return why the peer is not ready."""
+        if self.state is State.HANDSHAKING and now - self._since >= min(NOTICE_DELAY, self._handshake_limit):
+            return Trouble.NOT_ZEROMQ
+        if self.state is State.HUNG_UP and self._trouble is Trouble.UNKNOWN:
+            return Trouble.NOT_ZEROMQ
+        return self._trouble
+
+    def handle_event(self, event: int, value: int, now: float) -> None:
+        """Go on to the state that ``event`` leads to, and learn from it what the trouble is."""
+        state = _TRANSITIONS.get((self.state, event), self.state)
+        if event == Verdict.ZMTP and state is State.HOPELESS and self.known:
+            state = State.GIVEN_UP  # a good peer was here before, and may come back
+        if self.ready and state is not State.READY:
+            self.losses += 1
+        self._learn(event, value)
+        if state is not self.state:
+            self._enter(state, now)
+
+    def _enter(self, state: State, now: float) -> None:
+        self.state = state
+        self.ready = state is State.READY
+        self._since = now
+        if self.ready:
+            self.known = True
+            self._failures = 0
+            self._trouble = Trouble.UNKNOWN
+
+    def _learn(self, event: int, value: int) -> None:
+        match self.state, event:
+            case _, zmq.EVENT_CONNECT_DELAYED | zmq.EVENT_CONNECTED:
+                self._resolved = True
+            case _, zmq.EVENT_CLOSED:
+                self._resolved = True
+                self._failures = 0
+                self._trouble = Trouble.REFUSED
+            case _, zmq.EVENT_CONNECT_RETRIED:
+                if not self._resolved:
+                    self._trouble = Trouble.UNRESOLVED
+                self._resolved = False
+            case State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
+                self._failures += 1
+                mute = value == errno.EAGAIN  # the handshake timer; anything else is a break
+                # One break or two in a row are an ordinary restart.
+                if mute or self._failures > 2 or self._trouble is Trouble.UNKNOWN:
+                    self._trouble = Trouble.CURVE_FAILING if self._curve and not mute else Trouble.NOT_ZEROMQ
+            case State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+                needs_curve = value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
+                others = Trouble.NEEDS_CURVE if needs_curve else Trouble.NOT_ZEROMQ
+                self._trouble = Trouble.CURVE_FAILING if self._curve else others
+            case State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+                self._trouble = Trouble.KEY_REFUSED
+            case State.HUNG_UP, Verdict.ZMTP:
+                self._trouble = Trouble.WRONG_TYPE
+            case _, Verdict.NO_ZMTP:
+                self._trouble = Trouble.NOT_ZEROMQ
+
+
+class Probe:
+    """A raw TCP connection that looks at how a peer begins: as ZMTP, or as something else."""
+
+    def __init__(self, context: Context, endpoint: str, now: float) -> None:
+        """Connect to ``endpoint``, which has ``PROBE_LIMIT`` from ``now`` on to begin."""
+        self._end = now + PROBE_LIMIT
+        self.socket = context.socket(zmq.STREAM)
+        self.socket.linger = 0
+        self.socket.ipv6 = "[" in endpoint
+        self.socket.connect(endpoint)
+
+    def verdict(self, now: float) -> Verdict:
+        """Return how the peer begins, as far as it is known."""
+        try:
+            while True:
+                identity, data = self.socket.recv_multipart(zmq.NOBLOCK)
+                if data:
+                    return Verdict.ZMTP if _is_zmtp(data) else Verdict.NO_ZMTP
+                self.socket.send_multipart([identity, SIGNATURE], zmq.NOBLOCK)
+        except zmq.ZMQError:  # nothing to read, or the connection has ended
+            return Verdict.NO_ZMTP if now >= self._end else Verdict.OPEN
+
+
+def _is_zmtp(greeting: bytes) -> bool:
+    """Return whether a peer that begins so may be one of ZeroMQ.
+
+    ZMTP 2 and later begin with a signature, ZMTP 1 with a length, a byte of flags (0) and an identity.
+    """
+    return greeting[0] == 0xFF or greeting[1:2] == b"\0"
 
 
 class Connection:
-    """A socket that connects to one endpoint, and what its monitor makes known of the peer there.
+    """A socket that connects to one endpoint, with its monitor, and notices of what happens there.
 
-    ``socket`` is a new one after each ``reopen()``. ``losses`` counts the connections that broke while the peer was
-    there, ``greeted`` says whether a peer ever finished its handshake, ``trouble`` why none is there.
+    ``socket`` is a new one after each ``reopen()``. ``last_used`` is for whoever chooses among connections.
     """
 
-    def __init__(self, endpoint: str, open_socket: Callable[[], Socket], tell: Callable[[str], None]) -> None:
-        """Connect what ``open_socket`` opens to ``endpoint``; ``report()`` will ``tell`` of waits."""
+    def __init__(
+        self,
+        endpoint: str,
+        open_socket: Callable[[], Socket],
+        *,
+        handshake_limit: float = HANDSHAKE_LIMIT,
+        curve: bool = False,
+        announce: bool = False,
+        verbose: bool = False,
+    ) -> None:
+        """Connect what ``open_socket`` opens to ``endpoint``.
+
+        ``handshake_limit`` (seconds) and ``curve`` are what ``open_socket`` sets. ``announce``: say when the peer is
+        there for the first time. ``verbose``: also each time that it comes and goes.
+        """
+        now = time.monotonic()
         self.endpoint = endpoint
-        self.losses = 0
-        self.greeted = False
+        self.last_used = 0.0
         self._open_socket = open_socket
-        self._tell = tell
-        self._told = ""
-        self._failures = 0
-        self._doubtful = False
-        self._state = State.READY
+        self._handshake_limit = handshake_limit
+        self._verbose = verbose
+        self._probe: Probe | None = None
+        self._old_protocol_told = False
+        self._waiting_since = now
+        self._last_notice = ""
+        self._owes_connected = announce or verbose
+        self.peer = PeerState(now, handshake_limit, curve=curve)
         self._open()
 
     def _open(self) -> None:
@@ -68,129 +282,173 @@ class Connection:
             name = next(_names)
             self.socket.monitor(name, zmq.EVENT_ALL)
             self.monitor.connect(name)
-            self._resolved = False
-            # inproc raises no events.
-            self._enter(State.READY if self.endpoint.startswith("inproc://") else State.CONNECTING)
             connect(self.socket, self.endpoint)
             failing.pop_all()
+        if self.endpoint.startswith("inproc://"):  # which raises no events
+            self.peer.handle_event(zmq.EVENT_CONNECTED, 0, self._waiting_since)
+            self.peer.handle_event(zmq.EVENT_HANDSHAKE_SUCCEEDED, 0, self._waiting_since)
 
     def close(self) -> None:
-        """Close the socket; what lies in it unsent is taken back."""
+        """Close the socket. What lies in it unsent is taken back, or keeps its linger if a peer is there for it."""
+        self._end_probe()
+        self._read_events(time.monotonic())
         # First, or libzmq's I/O thread waits for ever to send an event of the closing to a monitor that is gone.
         self.socket.disable_monitor()
-        self.socket.close()
+        self.socket.close(None if self.peer.ready else 0)
         self.monitor.close()
 
     def reopen(self) -> None:
         """Start again with a new socket, which knows nothing of requests under way."""
+        if self._verbose:
+            notify(f"reopening the connection to {self.endpoint}")
+        now = time.monotonic()
+        if self.peer.ready:
+            self._waiting_since = now
         self.close()
+        self.peer.restart(now)
         self._open()
 
     @property
-    def ready(self) -> bool:
-        """Whether a peer was there at the last ``update()``."""
-        return self._state is State.READY
+    def sources(self) -> list[Socket]:
+        """The sockets that may have something to say to ``update()``."""
+        return [self.monitor, self._probe.socket] if self._probe else [self.monitor]
 
-    @property
-    def known(self) -> bool:
-        """Whether it is known by now that a peer is there, or why not."""
-        return self.ready or self.trouble != NO_TROUBLE
-
-    @property
-    def pause(self) -> float:
-        """Seconds after which ``update()`` is due even if the monitor is silent."""
-        settled = self._state is State.CONNECTING and time.monotonic() - self._missed > 2 * PATIENCE
-        return PATIENCE if settled or self.ready else SETTLING / 3
+    def pause(self, now: float) -> float:
+        """Return the seconds after which ``update()`` is due even if nothing has anything to say: a second at most."""
+        return PROBE_LIMIT / 10 if self._probe else min(max(self.peer.due - now, 0), 1)
 
     def update(self) -> None:
-        """Read what the monitor has to say, and draw conclusions from its silence.
+        """Read what the monitor has to say, do what follows from it, and notify the user of it.
 
-        Raises Failure when waiting is of no use: the peer refuses our key, or its socket is of the wrong type.
+        Raises Hopeless when waiting is of no use: the peer refuses our key, or its socket is of the wrong type.
         """
-        while self.monitor.get(zmq.EVENTS) & POLLIN:
+        now = time.monotonic()
+        losses = self.peer.losses
+        self._read_events(now)
+        self._look_closer(now)
+        if self.peer.losses > losses:
+            self._waiting_since = now
+            if self._verbose:
+                notify(f"connection to {self.endpoint} lost")
+                self._owes_connected = True
+        if self.peer.state is State.HOPELESS:
+            raise Hopeless(self.explain(now, alone=True))
+        self._report(now)
+        if self.peer.wants_new_socket(now):
+            self.reopen()
+
+    def _read_events(self, now: float) -> None:
+        losses = self.peer.losses
+        # A loss is for the caller to see before what came after it.
+        while self.peer.losses == losses and self.monitor.get(zmq.EVENTS) & POLLIN:
             event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
-            self._hear(event, value)
-        silence = time.monotonic() - self._since
-        # After a failed handshake, silence may be a mute peer's instead of ZMTP 2's, until its time is up.
-        patience = HANDSHAKE_LIMIT + PATIENCE if self._failures else SETTLING
-        if self._state is State.HANDSHAKING and silence >= patience:
-            self._enter(State.READY)
-        elif self._state is State.BROKEN_OFF and silence >= SETTLING and not self._doubtful:
-            self._doubtful = True  # once may be chance: TCP can connect to a free port from that very port
-            self.reopen()
-        elif self._state is State.BROKEN_OFF and silence >= SETTLING:
-            wanted = "REP socket (nor ROUTER)" if self.socket.type == zmq.REQ else "DEALER socket (nor REQ)"
-            raise Failure(f"{self.endpoint} is not a {wanted}: another type, or no ZeroMQ at all")
-        elif self._state is State.ABANDONED and silence >= PATIENCE:
-            self.reopen()
+            self.peer.handle_event(event, value, now)
 
-    def report(self) -> None:
-        """Tell of a wait for the peer that has lasted a second, and of its end."""
-        notice = "" if self.ready else f"waiting for {self.endpoint}: {self.trouble}"
-        if self.ready and self._told:
-            self._tell(f"connected to {self.endpoint}")
-        elif notice != self._told and time.monotonic() - self._missed >= PATIENCE:
-            self._tell(notice)
-        else:
+    def _look_closer(self, now: float) -> None:
+        if not self.peer.wants_probe(now):
+            self._end_probe()
             return
-        self._told = notice
+        if self.endpoint.startswith("ipc://"):
+            verdict = Verdict.ZMTP  # a probe would need TCP; who listens on an ipc path is hardly anything else
+        else:
+            self._probe = self._probe or Probe(self.socket.context, self.endpoint, now)
+            verdict = self._probe.verdict(now)
+        if verdict:
+            self._end_probe()
+            self.peer.handle_event(verdict, 0, now)
+            if self.peer.ready and not self._old_protocol_told:
+                self._old_protocol_told = True
+                price = f"each connection to it takes {self._handshake_limit:g} s"
+                notify(f"{self.endpoint} speaks an old protocol (ZMTP 1 or 2); {price}")
 
-    def _enter(self, state: State) -> None:
-        self._since = time.monotonic()
-        if self._state is State.READY:
-            self._missed = self._since
-        if State.READY in (self._state, state):
-            self.trouble = NO_TROUBLE
-        self._state = state
+    def _end_probe(self) -> None:
+        if self._probe:
+            self._probe.socket.close()
+            self._probe = None
 
-    def _hear(self, event: int, value: int) -> None:
-        """Go on to the state that ``event`` tells of.
+    def _report(self, now: float) -> None:
+        """Tell of a wait for the peer that has lasted a second, and of its end."""
+        if self.peer.ready:
+            if self._owes_connected:
+                notify(f"connected to {self.endpoint}")
+            self._owes_connected = False
+            self._last_notice = ""
+        elif (
+            now - self._waiting_since >= NOTICE_DELAY and (notice := self.explain(now, alone=True)) != self._last_notice
+        ):
+            notify(notice)
+            self._owes_connected = True
+            self._last_notice = notice
 
-        The value of FAILED_NO_DETAIL is an errno: EAGAIN if nothing came until the time for the handshake was up. With
-        another it also comes when a ready peer of ZMTP 2 is lost, which is left to DISCONNECTED, the next event.
+    def explain(self, now: float, *, alone: bool = False) -> str:
+        """Return why the peer is not ready; ``alone``: as a text of its own, not to go behind the endpoint."""
+        trouble = self.peer.trouble(now)
+        path = ipc_path(self.endpoint)
+        if trouble is Trouble.REFUSED and os.path.exists(path) and not os.access(path, os.W_OK):
+            trouble = Trouble.FORBIDDEN
+        return trouble.value.format(
+            waiting=f"waiting for {self.endpoint}: " if alone else "",
+            at=f" to {self.endpoint}" if alone else "",
+            it=self.endpoint if alone else "it",
+            name=self.endpoint.removeprefix("tcp://").rpartition(":")[0],
+            wanted="REP nor a ROUTER" if self.socket.type == zmq.REQ else "DEALER nor a REQ",
+        )
+
+
+class Hopeless(Failure):
+    """Waiting for a peer is of no use."""
+
+
+class Connections:
+    """The connections of a command, each to an endpoint of its own."""
+
+    def __init__(
+        self, endpoints: Sequence[str], open_socket: Callable[..., Socket], *, needed: bool = True, **options: Any
+    ) -> None:
+        """Connect a socket to each of ``endpoints``; ``options`` are those of Connection.
+
+        ``open_socket(thread=N)`` opens one. Each is served by an I/O thread of its own, since one that resolves a name,
+        for seconds maybe, does nothing else. ``needed``: whether ``update()`` fails when all have become hopeless.
         """
-        match event:
-            case zmq.EVENT_CONNECT_DELAYED:
-                self._resolved = True
-            case zmq.EVENT_CLOSED:
-                self._resolved = True
-                self.trouble = "nothing accepts connections there; start the server, or check the endpoint"
-            case zmq.EVENT_CONNECT_RETRIED:
-                if not self._resolved:
-                    self.trouble = f"cannot resolve {self.endpoint.split('/')[-1].rpartition(':')[0]}; check the name"
-                self._resolved = False
-                self._enter(State.CONNECTING)
-            case zmq.EVENT_CONNECTED:
-                self._enter(State.HANDSHAKING)
-            case zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                self._failures = 0
-                self._doubtful = False
-                self.greeted = True
-                self._enter(State.READY)
-            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if value == errno.EAGAIN:
-                self._failures += 1
-                self._enter(State.CONNECTING)
-                self.trouble = "it does not answer as ZeroMQ; check the endpoint"
-            case zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL if not self.ready:
-                self._failures += 1
-                self._enter(State.CONNECTING)
-                if self._failures > 2:  # fewer in a row are an ordinary restart
-                    self.trouble = self._handshake_trouble()
-            case zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                self._failures += 1
-                self._enter(State.ABANDONED)
-                self.trouble = self._handshake_trouble()
-            case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
-                raise Failure(f"{self.endpoint} refused: the server does not know this key")
-            case zmq.EVENT_DISCONNECTED:
-                self._resolved = True
-                if self._state is State.READY:
-                    self.losses += 1
-                    self._enter(State.ABANDONED)
-                elif self._state is State.HANDSHAKING:
-                    self._enter(State.BROKEN_OFF)
+        self._needed = needed
+        self._updated = 0.0
+        self._connections: list[Connection] = []
+        for thread, endpoint in enumerate(endpoints, 1):
+            self._connections.append(Connection(endpoint, partial(open_socket, thread=thread), **options))
 
-    def _handshake_trouble(self) -> str:
-        if self.socket.mechanism == zmq.CURVE:
-            return "handshake failing, is --server-key right, does the server use --key?"
-        return "handshake failing, is it a ZeroMQ server, does it ask for --key?"
+    def __iter__(self) -> Iterator[Connection]:
+        """Return an iterator over those that are not hopeless."""
+        return iter(self._connections)
+
+    def __len__(self) -> int:
+        """Return how many are not hopeless."""
+        return len(self._connections)
+
+    def close(self) -> None:
+        """Close all sockets."""
+        for connection in self._connections:
+            connection.close()
+
+    def pause(self) -> float:
+        """Return the seconds after which ``update()`` is due: a second at most."""
+        now = time.monotonic()
+        return min((connection.pause(now) for connection in self._connections), default=1)
+
+    def update(self) -> None:
+        """Keep up with the peers, unless that has just been done; go on without those that are hopeless.
+
+        Raises Hopeless when none is left.
+        """
+        now = time.monotonic()
+        if now - self._updated < UPDATE_INTERVAL:
+            return
+        self._updated = now
+        for connection in tuple(self._connections):
+            try:
+                connection.update()
+            except Hopeless as hopeless:
+                self._connections.remove(connection)
+                connection.close()
+                if self._needed and not self._connections:
+                    raise
+                notify(f"{hopeless}; going on without it", "yellow")

@@ -1,0 +1,133 @@
+"""Delivery through a network that damages connections: nothing is lost, and nothing is served twice unasked."""
+
+import random
+import socket
+import struct
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from conftest import Send, Serve, relay
+
+soak = pytest.mark.soak
+
+QUIET_PERIOD = 0.4
+"""Seconds for which a stalled connection passes nothing on: longer than the timeout of an attempt."""
+
+
+class Faults:
+    """Passes data on, and now and then does one kind of damage. It counts what it did."""
+
+    # Under NULL nobody could tell that bytes were damaged, lost or doubled.
+    KINDS = ("cut", "reset", "truncate", "half-close", "stall", "split")
+    KINDS_WITH_CURVE = (*KINDS, "flip a bit", "duplicate a byte", "drop a byte")
+
+    def __init__(self, seed: int, rate: float, *, curve: bool) -> None:
+        self.done: Counter[str] = Counter()
+        self._random = random.Random(seed)
+        self._rate = rate
+        self._kinds = self.KINDS_WITH_CURVE if curve else self.KINDS
+
+    def forward(self, data: bytes, target: socket.socket, upstream: bool) -> None:
+        if self._random.random() >= self._rate:
+            target.sendall(data)
+            return
+        kind = self._random.choice(self._kinds)
+        place = self._random.randrange(len(data))
+        self.done[kind] += 1
+        match kind:
+            case "cut":
+                raise ConnectionAbortedError
+            case "reset":
+                target.shutdown(socket.SHUT_RD)  # wakes whoever reads from it
+                target.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                target.close()
+                raise ConnectionResetError
+            case "truncate":
+                target.sendall(data[:place])
+                raise ConnectionAbortedError
+            case "half-close":
+                target.shutdown(socket.SHUT_WR)
+            case "stall":
+                time.sleep(QUIET_PERIOD)
+                target.sendall(data)
+            case "split":
+                for number in range(len(data)):
+                    target.sendall(data[number : number + 1])
+            case "flip a bit":
+                target.sendall(data[:place] + bytes([data[place] ^ 1 << self._random.randrange(8)]) + data[place + 1 :])
+            case "duplicate a byte":
+                target.sendall(data[: place + 1] + data[place:])
+            case "drop a byte":
+                target.sendall(data[:place] + data[place + 1 :])
+
+
+@pytest.fixture(params=["NULL", "CURVE"])
+def keys(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[list[str], list[str]]:
+    """Options of a server and of its client, with and without keys."""
+    if request.param == "NULL":
+        return [], []
+    return ["--key", f"{tmp_path}/server.key_secret"], ["--server-key", f"{tmp_path}/server.key"]
+
+
+def lines(messages: list[str]) -> bytes:
+    return "".join(f"{message}\n" for message in messages).encode()
+
+
+@pytest.mark.parametrize(("count", "rate"), [(800, 1 / 80), pytest.param(60_000, 1 / 1000, id="full", marks=soak)])
+def test_every_reply_comes_once_and_in_order_whatever_happens_to_connections(
+    serve: Serve, send: Send, keys: tuple[list[str], list[str]], count: int, rate: float
+) -> None:
+    _server, endpoint = serve("--quiet", *keys[0])
+    faults = Faults(1, rate, curve=bool(keys[0]))
+    messages = [f"message {number}" for number in range(count)]
+    with relay(endpoint, faults.forward) as damaged:
+        options = ["--connect", damaged, "--timeout", "0.3", "--retries", "50", *keys[1]]
+        done = send(*options, input=lines(messages), timeout=600)
+    print(f"{count} messages: {dict(faults.done)}, {done.stderr.count(b'retrying')} further attempts")
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert done.stdout == lines(messages)
+    assert faults.done.total() > 5
+
+
+@pytest.mark.parametrize(("count", "rate"), [(300, 1 / 60), pytest.param(60_000, 1 / 1000, id="full", marks=soak)])
+def test_without_retries_nothing_is_served_twice_and_the_exit_status_says_what_was_served(
+    serve: Serve, send: Send, keys: tuple[list[str], list[str]], tmp_path: Path, count: int, rate: float
+) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        server, endpoint = serve(*keys[0], stdout=file)
+    faults = Faults(2, rate, curve=bool(keys[0]))
+    messages = [f"message {number}" for number in range(count)]
+    replied: list[str] = []
+    unknown: list[str] = []
+    unserved: list[str] = []
+    with relay(endpoint, faults.forward) as damaged:
+        rest = messages
+        while rest:
+            done = ask_once(send, damaged, keys[1], rest)
+            replies = done.stdout.decode().splitlines()
+            assert replies == rest[: len(replies)]
+            replied += replies
+            if done.returncode:
+                {1: unserved, 3: unknown}[done.returncode].append(rest[len(replies)])
+            rest = rest[len(replies) + (done.returncode > 0) :]
+    server.popen.terminate()
+    assert server.wait() == 0
+    served = Counter(log.read_text().splitlines())
+    print(f"{len(replied)} replies, {len(unknown)} unknown, {len(unserved)} not served; {dict(faults.done)}")
+    assert set(served.values()) == {1}
+    assert set(replied) <= set(served)
+    assert not set(unserved) & set(served)
+    assert unknown
+
+
+def ask_once(
+    send: Callable[..., subprocess.CompletedProcess[bytes]], endpoint: str, options: list[str], messages: list[str]
+) -> subprocess.CompletedProcess[bytes]:
+    once = ["--connect", endpoint, "--timeout", "0.3", "--retries", "0", *options]
+    return send(*once, input=lines(messages), timeout=600)

@@ -1,0 +1,317 @@
+"""Any bytes and any pipe, through real processes: what goes in is what comes out."""
+
+import os
+import subprocess
+import threading
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from fcntl import ioctl
+from pathlib import Path
+from termios import FIONREAD
+
+import pytest
+import zmq
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from zmqmsg.sockets import Context
+
+from conftest import COMMAND, LIMIT, LINUX, Process, Send, Serve, Start, memory, open_server, until
+
+NOBODY = "tcp://127.0.0.1:1"
+NO_SPACE = "zmqmsg: cannot write to standard output: No space left on device"
+CLOSED = "zmqmsg: cannot write to standard output: Bad file descriptor"
+
+# Each example is a process of its own.
+few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def messages_without(end: bytes) -> st.SearchStrategy[list[bytes]]:
+    return st.lists(st.binary(max_size=100).map(lambda text: text.replace(end, b"")), min_size=1, max_size=16)
+
+
+def ended(frames: Iterable[bytes], end: bytes = b"\n") -> bytes:
+    return b"".join(frame + end for frame in frames)
+
+
+def read(process: Process, size: int) -> bytes:
+    """Return the next ``size`` bytes of standard output."""
+    assert process.popen.stdout
+    return process.popen.stdout.read(size)
+
+
+# Any bytes
+
+
+@pytest.mark.parametrize(("end", "options"), [(b"\n", []), (b"\0", ["--null"])], ids=["lines", "null"])
+def test_any_messages_of_standard_input_come_back(serve: Serve, send: Send, end: bytes, options: list[str]) -> None:
+    server, endpoint = serve(*options)
+
+    @few
+    @given(messages_without(end))
+    @example([b"", b"\r", b"\xff\xfe", b"a\r", b""])
+    def check(messages: list[bytes]) -> None:
+        done = send("--connect", endpoint, *options, input=ended(messages, end))
+        assert (done.returncode, done.stdout, done.stderr) == (0, ended(messages, end), b"")
+        assert read(server, len(done.stdout)) == done.stdout
+
+    check()
+
+
+def test_any_arguments_come_back(serve: Serve, send: Send) -> None:
+    server, endpoint = serve()
+
+    @few
+    @given(messages_without(b"\0"))
+    @example([b"", b"-", b"--", b"--help", b"-x", b"\xff\xfe", "\N{SNOWMAN}".encode(), b"\n", b"\xed\xb2\x80"])
+    def check(messages: list[bytes]) -> None:
+        done = send("--connect", endpoint, "--", *messages)
+        assert (done.returncode, done.stdout, done.stderr) == (0, ended(messages), b"")
+        assert read(server, len(done.stdout)) == done.stdout
+
+    check()
+
+
+def test_any_frames_come_from_anywhere_and_are_one_request(context: Context, send: Send, tmp_path: Path) -> None:
+    server, endpoint = open_server(context, zmq.REP)
+    path = tmp_path / "content"
+    requests: list[list[bytes]] = []
+
+    def answer_backwards() -> None:
+        requests.append(server.recv_multipart())
+        server.send_multipart(requests[-1][::-1])
+
+    @few
+    @given(messages_without(b"\0"), st.binary(max_size=100), st.binary(max_size=100))
+    @example([b"", b""], bytes(range(256)) * 300, b"\n\0\r" + bytes(300_000))
+    def check(arguments: list[bytes], content: bytes, piped: bytes) -> None:
+        path.write_bytes(content)
+        thread = threading.Thread(target=answer_backwards)
+        thread.start()
+        done = send("--connect", endpoint, "-m", "-f", "-", "-f", str(path), "--", *arguments, input=piped)
+        thread.join(LIMIT)
+        assert requests[-1] == [*arguments, piped, content]
+        assert (done.returncode, done.stdout, done.stderr) == (0, ended(requests[-1][::-1]), b"")
+
+    check()
+
+
+@few
+@given(messages_without(b"\0"))
+def test_any_frames_come_back_through_serve(echo: str, send: Send, frames: list[bytes]) -> None:
+    done = send("--connect", echo, "--multipart", "--null", input=ended(frames, b"\0"))
+    assert (done.returncode, done.stdout, done.stderr) == (0, ended(frames, b"\0"), b"")
+
+
+# Arguments and files
+
+
+def test_arguments_come_first_and_then_the_files_in_their_order(echo: str, send: Send, tmp_path: Path) -> None:
+    (tmp_path / "first").write_bytes(b"1")
+    (tmp_path / "second").write_bytes(b"2\n\0")
+    order = ["--file", "second", "a", "--file", "-", "", "--file", "first"]
+    done = send("--connect", echo, *order, input=b"all\nof it\n", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, b"a\n\n2\n\0\nall\nof it\n\n1\n")
+
+
+@pytest.mark.parametrize("arguments", [[""], ["--file", os.devnull]])
+def test_an_empty_message_is_one_and_leaves_standard_input_unread(echo: str, send: Send, arguments: list[str]) -> None:
+    reader, writer = os.pipe()
+    os.write(writer, b"not to be read")
+    done = send("--connect", echo, *arguments, stdin=reader)
+    os.close(writer)
+    with open(reader, "rb") as rest:
+        assert rest.read() == b"not to be read"
+    assert (done.returncode, done.stdout) == (0, b"\n")
+
+
+NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may read any file")
+
+
+@pytest.mark.parametrize("name", ["missing", ".", "", pytest.param("secret", marks=NOT_ROOT)])
+def test_a_file_that_cannot_be_read_is_wrong_usage_before_anything_is_sent(
+    send: Send, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "secret").touch(mode=0)
+    done = send("--connect", NOBODY, "argument", "--file", "-", "--file", name, input=b"piped", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert f"'{name}'".encode() in done.stderr
+
+
+@LINUX
+def test_a_file_that_fails_while_it_is_read_is_named_with_the_reason(echo: str, send: Send) -> None:
+    done = send("--connect", echo, "--file", "/proc/self/mem")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"zmqmsg: cannot read /proc/self/mem: Input/output error\n"
+
+
+def test_no_frames_at_all_are_wrong_usage(send: Send) -> None:
+    done = send("--connect", NOBODY, "--multipart")
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"--multipart needs at least one message" in done.stderr
+
+
+# Lines
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "expected"),
+    [
+        ([], b"", b""),
+        ([], b"one\nno newline", b"one\nno newline\n"),
+        ([], b"\n\na\n\n", b"\n\na\n\n"),
+        ([], b"dos\r\n\r\n", b"dos\r\n\r\n"),
+        ([], b"a\0b\n", b"a\0b\n"),
+        (["--null"], b"two\nlines\0\0no end\n", b"two\nlines\0\0no end\n\0"),
+    ],
+)
+def test_an_end_of_line_ends_a_message_and_is_no_part_of_it(
+    echo: str, send: Send, options: list[str], given: bytes, expected: bytes
+) -> None:
+    done = send("--connect", echo, *options, input=given)
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")
+
+
+def test_a_line_may_have_megabytes(echo: str, send: Send) -> None:
+    lines = ended([b"short", os.urandom(8_000_000).replace(b"\n", b" "), b"short again"])
+    done = send("--connect", echo, input=lines)
+    assert done.returncode == 0
+    assert done.stdout == lines
+
+
+def test_each_line_is_answered_before_the_next_is_read(serve: Serve, start: Start) -> None:
+    server, endpoint = serve()
+    client = start("send", "--connect", endpoint)
+    for line in (b"one", b"", b"three"):
+        client.send_line(line)
+        assert client.read_line() == line
+        assert server.read_line() == line
+    assert client.finish() == (0, b"", [])
+
+
+def test_a_line_in_pieces_is_one_message(echo: str, start: Start) -> None:
+    client = start("send", "--connect", echo, bufsize=0)
+    pipe = client.popen.stdin
+    assert pipe
+    for piece in (b"in ", b"three ", b"pieces\nand "):
+        pipe.write(piece)
+        until(lambda: ioctl(pipe, FIONREAD, bytes(4)) == bytes(4))  # it has been read
+    assert read(client, len(b"in three pieces\n")) == b"in three pieces\n"
+    pipe.write(b"more")
+    assert client.finish() == (0, b"and more\n", [])
+
+
+def peak(client: Process, lines: bytes) -> int:
+    """Let ``client`` send ``lines``, and return the most KiB that it has had in memory."""
+    thread = threading.Thread(target=client.send_line, args=(lines[:-1],))
+    thread.start()
+    assert read(client, len(lines)) == lines
+    thread.join(LIMIT)
+    return memory(client.pid, "VmHWM")
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("line", "few", "many"),
+    [(b"x" * 10_000 + b"\n", 100, 3000), pytest.param(b"line\n", 1000, 1_000_000, marks=pytest.mark.soak)],
+)
+def test_long_input_needs_no_more_memory_than_short(echo: str, start: Start, line: bytes, few: int, many: int) -> None:
+    short, long = (peak(start("send", "--connect", echo), line * count) for count in (few, many))
+    assert long <= short + 4096
+
+
+# Readers that want no more
+
+
+@pytest.mark.parametrize("lines", [b"two", b"more\n" * 1_000_000], ids=["one line", "a stream"])
+def test_a_closed_reader_ends_send_quietly_at_the_next_write(echo: str, start: Start, lines: bytes) -> None:
+    client = start("send", "--connect", echo)
+    client.send_line(b"one")
+    assert client.read_line() == b"one"
+    assert client.popen.stdout
+    client.popen.stdout.close()
+    with suppress(BrokenPipeError):
+        client.send_line(lines)
+    assert (client.wait(), client.notices[:-1]) == (1, [])
+
+
+def test_a_pipeline_that_takes_one_line_ends(echo: str) -> None:
+    command = f"yes | {' '.join(COMMAND)} send --connect {echo} | head -1"
+    done = subprocess.run(["bash", "-c", f"{command}; echo ${{PIPESTATUS[1]}}"], capture_output=True, timeout=LIMIT)
+    assert (done.stdout, done.stderr) == (b"y\n1\n", b"")
+
+
+# Streams that are full or closed
+
+
+@LINUX
+def test_a_full_disk_ends_send_with_one_line_and_no_further_message_is_sent(serve: Serve, send: Send) -> None:
+    server, endpoint = serve()
+    with Path("/dev/full").open("wb") as full:
+        done = send("--connect", endpoint, "one", "two", stdout=full, stderr=subprocess.PIPE, capture_output=False)
+    assert (done.returncode, done.stderr.decode()) == (1, NO_SPACE + "\n")
+    assert send("--connect", endpoint, "later").returncode == 0
+    assert [server.read_line(), server.read_line()] == [b"one", b"later"]
+
+
+def closing(*numbers: int) -> Callable[[], object]:
+    """Return what a process is to do before it starts, to start with these descriptors closed."""
+
+    def close() -> None:
+        for number in numbers:
+            os.close(number)
+
+    return close
+
+
+def make_input_write_only() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 0)
+
+
+@pytest.mark.parametrize("closed", [[1], [0, 1], [1, 2], [0, 1, 2]])
+@pytest.mark.parametrize("size", [1, 100_000])
+def test_a_reply_that_cannot_be_written_is_no_success(
+    serve: Serve, send: Send, tmp_path: Path, closed: list[int], size: int
+) -> None:
+    server, endpoint = serve("--count", "1", "--quiet")
+    (tmp_path / "content").write_bytes(bytes(size))
+    done = send("--connect", endpoint, "--file", "content", cwd=tmp_path, preexec_fn=closing(*closed))
+    assert (done.returncode, done.stderr.decode()) == (1, "" if 2 in closed else CLOSED + "\n")
+    assert server.wait() == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "prepare"),
+    [
+        pytest.param([], closing(0), id="closed, lines"),
+        pytest.param(["--file", "-"], closing(0), id="closed, whole"),
+        pytest.param([], make_input_write_only, id="write-only, lines"),
+        pytest.param(["--file", "-"], make_input_write_only, id="write-only, whole"),
+    ],
+)
+def test_standard_input_that_cannot_be_read_is_a_failure_in_one_line(
+    echo: str, send: Send, options: list[str], prepare: Callable[[], object]
+) -> None:
+    done = send("--connect", echo, *options, preexec_fn=prepare)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"zmqmsg: cannot read standard input: Bad file descriptor\n"
+
+
+@pytest.mark.parametrize("closed", [[0], [2], [0, 2]])
+def test_closed_streams_that_are_not_needed_do_no_harm(
+    start: Start, send: Send, tmp_path: Path, closed: list[int]
+) -> None:
+    endpoint = f"ipc://{tmp_path}/socket"
+    server = start("serve", "--count", "2", "--bind", endpoint, preexec_fn=closing(*closed))
+    done = send("--connect", endpoint, "one", "two", preexec_fn=closing(*closed))
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"one\ntwo\n", b"")
+    assert server.finish()[:2] == (0, b"one\ntwo\n")
+
+
+@LINUX
+@pytest.mark.parametrize(("arguments", "status"), [(["send", "hi"], 0), (["send", "-f", "/missing"], 2), ([], 2)])
+def test_notices_that_cannot_be_written_change_no_exit_status(echo: str, arguments: list[str], status: int) -> None:
+    environment = os.environ | {"ZMQMSG_SEND_CONNECT": echo, "ZMQMSG_SEND_VERBOSE": "1"}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run([*COMMAND, *arguments], env=environment, stdout=subprocess.PIPE, stderr=full)
+    assert done.returncode == status

@@ -1,0 +1,197 @@
+"""Quoted lines: one message a line, frames separated by TAB, special bytes escaped, nothing lost."""
+
+import hashlib
+import hmac
+import json
+import os
+import subprocess
+import sys
+import threading
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import zmq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zmqmsg.console import quote, unquote
+from zmqmsg.sockets import Context, Socket
+
+from conftest import LIMIT, Send, Serve, Start, open_server
+
+# What a quoted line can consist of, TAB aside: harmless text, escapes, and bytes that are never valid UTF-8.
+PIECES = [*"ab \u00e9\u20ac\U0001f44d", "\\\\", r"\t", r"\n", r"\r", r"\x00", r"\x1b", r"\x7f", r"\xc2\x9b", r"\xff"]
+
+FRAME = st.binary(max_size=20) | st.text(max_size=20).map(str.encode)
+
+AWKWARD = [[b""], [b"", b"", b""], [b"a\tb\nc\\\r\0"], [bytes(range(256)), "\u20ac\u202e".encode()], [b"\\x41"]]
+"""Messages that a log of plain lines would lose."""
+
+without_deadline = settings(deadline=None)
+
+
+@without_deadline
+@given(st.lists(FRAME, min_size=1))
+def test_what_is_quoted_is_read_back_the_same(frames: list[bytes]) -> None:
+    line = quote(frames)
+    assert unquote(line) == frames
+    assert line.count(b"\t") == len(frames) - 1
+    assert {character for character in line.decode() if unicodedata.category(character) == "Cc"} <= {"\t"}
+
+
+@without_deadline
+@given(st.lists(st.sampled_from([*PIECES, "\t"])).map("".join))
+def test_a_quoted_line_that_is_read_is_quoted_the_same(text: str) -> None:
+    assert quote(unquote(text.encode())) == text.encode()
+
+
+@pytest.mark.parametrize(
+    ("frame", "quoted"),
+    [
+        (b"\\ \t \n \r", rb"\\ \t \n \r"),
+        (b"\0 \x01 \x1b[2J \x1f \x7f", rb"\x00 \x01 \x1b[2J \x1f \x7f"),
+        ("\x80 \x9f".encode(), rb"\xc2\x80 \xc2\x9f"),
+        ("\u061c \u200e \u200f".encode(), rb"\xd8\x9c \xe2\x80\x8e \xe2\x80\x8f"),
+        ("\u202a \u202e".encode(), rb"\xe2\x80\xaa \xe2\x80\xae"),
+        ("\u2066 \u2069".encode(), rb"\xe2\x81\xa6 \xe2\x81\xa9"),
+        (b"\xff \xe2\x82 \xc0\x80", rb"\xff \xe2\x82 \xc0\x80"),
+        (b"\xed\xb2\x80", rb"\xed\xb2\x80"),  # a surrogate, which is no valid UTF-8
+        *[(text.encode(), text.encode()) for text in ('{"a": 1}', "\u65e5 \u05e2\u05d1", "\U0001f468\u200d\U0001f469")],
+    ],
+)
+def test_special_bytes_are_escaped_and_harmless_text_stays_readable(frame: bytes, quoted: bytes) -> None:
+    assert quote([frame]) == quoted
+
+
+def answer(server: Socket, replies: list[list[bytes]]) -> Callable[[], list[list[bytes]]]:
+    """Answer requests in a thread, with ``replies`` in turn; the function returned waits and returns the requests."""
+    requests: list[list[bytes]] = []
+
+    def run() -> None:
+        for reply in replies:
+            requests.append(server.recv_multipart())
+            server.send_multipart(reply)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def wait() -> list[list[bytes]]:
+        thread.join(LIMIT)
+        return requests
+
+    return wait
+
+
+@pytest.mark.parametrize("end", [b"\n", b""], ids=["newline", "no final newline"])
+def test_send_reads_and_prints_quoted_lines(context: Context, send: Send, end: bytes) -> None:
+    server, endpoint = open_server(context, zmq.REP)
+    requests = answer(server, AWKWARD)
+    lines = [rb"one" + b"\t\t" + rb"t\two\\", b"", rb"\x41\xfF\x00", b"raw \xff\r", b"last"]
+    done = send("-Q", "--connect", endpoint, input=b"\n".join(lines) + end)
+    assert requests() == [[b"one", b"", b"t\two\\"], [b""], [b"A\xff\0"], [b"raw \xff\r"], [b"last"]]
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert [unquote(line) for line in done.stdout.removesuffix(b"\n").split(b"\n")] == AWKWARD
+
+
+def test_each_quoted_line_is_sent_as_soon_as_it_is_read(echo: str, start: Start) -> None:
+    client = start("send", "--quoted", "--connect", echo)
+    for line in (rb"a" + b"\t" + rb"b\n", b"\t", b""):
+        client.send_line(line)
+        assert client.read_line() == line
+    assert client.finish() == (0, b"", [])
+
+
+def test_empty_input_is_no_message(send: Send) -> None:
+    done = send("-Q", "--connect", "tcp://127.0.0.1:1", input=b"")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+
+
+@pytest.mark.parametrize("escape", [r"\q", r"\x4", r"\xg0", r"\u20ac", "\\", "\\\ta"])
+def test_a_wrong_escape_is_named_with_its_line_and_nothing_of_that_line_is_sent(
+    context: Context, send: Send, escape: str
+) -> None:
+    server, endpoint = open_server(context, zmq.REP)
+    requests = answer(server, [[b"reply"]])
+    done = send("-Q", "--connect", endpoint, input=f"good\nfine\t{escape}\nnever\n".encode())
+    assert requests() == [[b"good"]]
+    assert not server.poll(100)
+    assert (done.returncode, done.stdout) == (1, b"reply\n")
+    assert done.stderr.startswith(b"zmqmsg: line 2 ")
+    assert f"'{escape[:2].strip()}'".encode() in done.stderr
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_arguments_files_and_fixed_replies_are_taken_as_they_are(serve: Serve, send: Send, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"\\q\t\n")
+    server, endpoint = serve("-Q", "--reply", "\\t\t")
+    done = send("-Q", "-m", "--connect", endpoint, "-f", str(tmp_path / "file"), r"a\tb")
+    assert (done.returncode, done.stdout) == (0, rb"\\t\t" + b"\n")
+    assert server.read_line() == rb"a\\tb" + b"\t" + rb"\\q\t\n"
+
+
+def test_quoted_lines_with_multipart_are_the_frames_of_one_request(echo: str, send: Send) -> None:
+    assert send("-Q", "-m", "--connect", echo, input=b"a\\n\tb\nc\n").stdout == b"a\\n\tb\tc\n"
+
+
+@pytest.mark.parametrize("command", ["send", "serve"])
+def test_quoted_lines_cannot_end_with_nul(start: Start, command: str) -> None:
+    status, output, notices = start(command, "-Q", "-0").finish()
+    assert (status, output) == (2, b"")
+    assert "--null and --quoted" in notices[-1]
+
+
+def test_a_recorded_conversation_can_be_searched_and_played_again(
+    context: Context, serve: Serve, send: Send, tmp_path: Path
+) -> None:
+    conversation = [[b"get", b"two\nlines"], *AWKWARD, [b"put", b"x", b"\x80\0"], [b"get", b"one"]]
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        recorder, endpoint = serve("-Q", "--count", str(len(conversation)), stdout=file)
+    client = context.socket(zmq.REQ)
+    client.connect(endpoint)
+    for request in conversation:
+        client.send_multipart(request)
+        assert client.recv_multipart() == request
+    assert recorder.finish()[0] == 0
+
+    found = subprocess.run("grep -a ^get log | cut -f2 | sort", shell=True, cwd=tmp_path, capture_output=True)
+    assert found.stdout == rb"one" + b"\n" + rb"two\nlines" + b"\n"
+
+    other, endpoint = open_server(context, zmq.REP)
+    requests = answer(other, [[b"ok"]] * len(conversation))
+    with log.open("rb") as file:
+        assert send("-Q", "--connect", endpoint, stdin=file).returncode == 0
+    assert requests() == conversation
+
+
+def test_a_jupyter_kernel_is_asked_by_a_quoted_line(send: Send, tmp_path: Path) -> None:
+    """Its shell port takes six frames, signed, and replies with six; its heartbeat port is an echo."""
+    pytest.importorskip("ipykernel")
+    key = b"secret"
+    path, ports = pytest.importorskip("jupyter_client.connect").write_connection_file(
+        str(tmp_path / "kernel.json"), ip="127.0.0.1", key=key
+    )
+
+    def sign(parts: list[bytes]) -> bytes:
+        return hmac.new(key, b"".join(parts), hashlib.sha256).hexdigest().encode()
+
+    header = {"msg_id": "1", "session": "2", "username": "me", "version": "5.3", "msg_type": "kernel_info_request"}
+    parts = [json.dumps(part).encode() for part in (header, {}, {}, {})]
+    line = b"\t".join([b"<IDS|MSG>", sign(parts), *parts])
+    command = [sys.executable, "-m", "ipykernel_launcher", "-f", path]
+    kernel = subprocess.Popen(command, env=os.environ | {"IPYTHONDIR": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    try:
+        done = send("-Q", "--connect", f"tcp://127.0.0.1:{ports['shell_port']}", input=line)
+        beat = send("--connect", f"tcp://127.0.0.1:{ports['hb_port']}", "ping")
+    finally:
+        kernel.kill()
+        kernel.wait()
+    assert done.returncode == 0, done.stderr
+    delimiter, signature, *reply = unquote(done.stdout.removesuffix(b"\n"))
+    assert (delimiter, signature) == (b"<IDS|MSG>", sign(reply))
+    answered, parent, _metadata, content = map(json.loads, reply)
+    assert (answered["msg_type"], parent["msg_id"]) == ("kernel_info_reply", "1")
+    assert content["language_info"]["name"] == "python"
+    assert beat.stdout == b"ping\n"

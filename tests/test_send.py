@@ -1,0 +1,470 @@
+"""``zmqmsg send``: its replies, what it says while it waits, how it gives up, and how it ends."""
+
+import ctypes
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from pathlib import Path
+
+import pyomq
+import pytest
+import zmq
+
+from zmqmsg.monitor import Connections
+from zmqmsg.send import Client
+from zmqmsg.sockets import HANDSHAKE_LIMIT, Context, open_socket
+
+from conftest import (
+    COMMAND,
+    LINUX,
+    Process,
+    Send,
+    Serve,
+    Start,
+    bind,
+    echoing,
+    free_endpoint,
+    listening,
+    open_server,
+    relay,
+    until,
+)
+from zmtp import greeting
+
+NOT_ZEROMQ = "but it has not answered as ZeroMQ; is the port right?"
+NOWHERE = "tcp://no.such.name.invalid:5555"
+
+
+# What listens where ZeroMQ is expected
+
+
+def greet(banner: bytes, connection: socket.socket) -> None:
+    """Greet and wait."""
+    connection.sendall(banner)
+    while connection.recv(1024):
+        pass
+
+
+def answer_as_http(connection: socket.socket) -> None:
+    """Answer as web servers answer what is no HTTP, and close."""
+    connection.recv(1024)
+    body = b"<html>\n<head><title>400 Bad Request</title></head>\n<body>400 Bad Request</body>\n</html>\n" * 2
+    connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body))
+
+
+PORTS: dict[str, Callable[[socket.socket], None]] = {
+    "mute": partial(greet, b""),
+    "SSH": partial(greet, b"SSH-2.0-OpenSSH_9.6\r\n"),  # libzmq takes a banner for ZMTP 1
+    "SMTP": partial(greet, b"220 mail.example.org ESMTP Postfix\r\n"),
+    "HTTP": answer_as_http,
+    "garbage": partial(greet, greeting() + bytes(range(256))),
+}
+
+
+def speak_zmtp_2(connection: socket.socket) -> None:
+    """Echo as a REP socket of ZMTP 2.0 does: small frames of flags, length, body. Close at poison."""
+    with connection.makefile("rb") as stream:
+        connection.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\1\4\0\0")  # signature; revision, type; identity
+        stream.read(10 + 2 + 2)
+        while delimiter := stream.read(2):
+            assert delimiter == b"\1\0"
+            flags, length = stream.read(2)
+            assert flags == 0
+            if (body := stream.read(length)) == b"poison":
+                return
+            connection.sendall(delimiter + bytes([flags, length]) + body)
+
+
+def connects(*endpoints: str) -> list[str]:
+    """Return the options that connect to ``endpoints``."""
+    return [argument for endpoint in endpoints for argument in ("--connect", endpoint)]
+
+
+# Replies
+
+
+@pytest.mark.parametrize("endpoint", ["inproc://server", "tcp://127.0.0.1:*"])
+def test_replies_come_in_the_order_of_the_requests_frame_for_frame(context: Context, endpoint: str) -> None:
+    messages = [[b"%d" % number] for number in range(100)] + [[b"", b"a\nb", b"\0\xff", b"", b"x" * 100_000]]
+    with (
+        echoing(context, endpoint, len(messages)) as real,
+        closing(Connections([real], lambda thread: open_socket(context, zmq.REQ))) as connections,
+    ):
+        client = Client(connections)
+        assert [[frame.bytes for frame in client.ask(frames).frames] for frames in messages] == messages
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "tcp://127.0.0.1:*",
+        "tcp://[::1]:*",
+        "ipc://{folder}/a.sock",
+        pytest.param("ipc://@zmqmsg-test-{pid}", marks=LINUX),
+    ],
+)
+def test_three_messages_are_printed_at_the_server_and_their_replies_at_the_client(
+    serve: Serve, send: Send, tmp_path: Path, endpoint: str
+) -> None:
+    given = endpoint.format(folder=tmp_path, pid=os.getpid())
+    server, real = serve("--count", "3", "--bind", given)
+    done = send("--connect", real, "first message", "second message", "third message")
+    lines = b"first message\nsecond message\nthird message\n"
+    assert (done.returncode, done.stdout, done.stderr) == (0, lines, b"")
+    assert server.finish() == (0, lines, [f"zmqmsg: listening on {real}", "zmqmsg: 3 requests served"])
+
+
+@pytest.mark.parametrize("socket_type", [zmq.REP, zmq.ROUTER])
+def test_a_plain_socket_of_pyzmq_is_a_server(context: Context, start: Start, socket_type: int) -> None:
+    server, endpoint = open_server(context, socket_type)
+    sender = start("send", "--connect", endpoint, "ping")
+    *envelope, body = server.recv_multipart()
+    server.send_multipart([*envelope, body.upper(), b"more"])
+    assert sender.finish()[:2] == (0, b"PING\nmore\n")
+
+
+def test_a_rep_socket_of_pyomq_is_a_server(start: Start) -> None:
+    with pyomq.Context() as context, context.socket(pyomq.REP) as server:
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        sender = start("send", "--connect", f"tcp://127.0.0.1:{port}", "ping")
+        assert server.recv() == b"ping"
+        server.send(b"pong")
+        assert sender.finish()[:2] == (0, b"pong\n")
+
+
+# Waiting
+
+
+def test_send_before_serve_says_what_it_waits_for(serve: Serve, start: Start, tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/a.sock"
+    sender = start("send", "--connect", endpoint, "x")
+    waiting = sender.wait_for_notice(f"zmqmsg: waiting for {endpoint}: nothing accepts connections there")[0]
+    serve("--bind", endpoint)
+    assert sender.finish() == (0, b"x\n", [waiting, f"zmqmsg: connected to {endpoint}"])
+
+
+@LINUX
+def test_an_ipc_path_without_permission_is_told_as_that(serve: Serve, start: Start, tmp_path: Path) -> None:
+    def drop_privilege() -> None:
+        ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: for root, modes count from now on, too
+
+    path = tmp_path / "a.sock"
+    _, endpoint = serve("--bind", f"ipc://{path}")
+    path.chmod(0)
+    sender = start("send", "--connect", endpoint, "x", preexec_fn=drop_privilege)
+    sender.wait_for_notice(f"waiting for {endpoint}: no permission to connect to that path")
+
+
+@pytest.mark.parametrize("port", PORTS)
+def test_a_port_that_does_not_speak_zeromq_is_told_as_that_within_any_timeout(send: Send, port: str) -> None:
+    with listening(PORTS[port]) as endpoint:
+        done = send("--connect", endpoint, "--timeout", "0.2", "x")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert re.fullmatch(
+        rf"zmqmsg: no server at {endpoint} within 0.2 s: connected, {re.escape(NOT_ZEROMQ)} \(1 attempt, .* s\)\n",
+        done.stderr.decode(),
+    )
+
+
+def test_only_the_handshake_limit_tells_a_zmtp_2_server_from_a_mute_port(start: Start) -> None:
+    """Its handshake raises no event. Until then nothing is sent, and then no more often than allowed."""
+    with ExitStack() as stack:
+        talks = [speak_zmtp_2, PORTS["mute"], PORTS["SSH"]]
+        old, *others = [stack.enter_context(listening(talk)) for talk in talks]
+        started = time.monotonic()
+        sender = start("send", "--connect", old, "--retries", "0", "x", "poison", "never sent")
+        waiting = {endpoint: start("send", "--connect", endpoint, "x") for endpoint in others}
+        assert sender.read_line() == b"x"
+        assert HANDSHAKE_LIMIT < time.monotonic() - started < HANDSHAKE_LIMIT + 4
+        status, output, notices = sender.finish()
+        assert (status, output) == (3, b"")
+        assert re.search(rf"no reply to 'poison' \(1 attempt, .* s\): connection to {old} lost", notices[-1])
+        assert sum("ZMTP 1 or 2" in notice for notice in notices) == 1
+        until(lambda: time.monotonic() - started > HANDSHAKE_LIMIT + 2)
+        for endpoint, process in waiting.items():
+            assert process.notices == [f"zmqmsg: connected to {endpoint}, {NOT_ZEROMQ}"]
+
+
+# Giving up
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "no.such.name.invalid"])
+def test_a_message_is_given_up_at_once_if_no_server_was_there_since_the_start(send: Send, host: str) -> None:
+    endpoint = free_endpoint().replace("127.0.0.1", host)
+    done = send("--connect", endpoint, "--timeout", "0.4", "x", "never sent")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert re.fullmatch(
+        rf"zmqmsg: no server at {endpoint} within 0\.4 s: .+ \(1 attempt, .* s\)\n", done.stderr.decode()
+    )
+
+
+def test_a_request_whose_time_is_over_is_sent_again_until_the_retries_are_used_up(
+    context: Context, start: Start
+) -> None:
+    mute, endpoint = open_server(context, zmq.ROUTER)
+    long = "x" * 41
+    sender = start("send", "--connect", endpoint, "--timeout", "0.8", "--retries", "2", long, "never sent")
+    assert [mute.recv_multipart()[2] for _ in range(3)] == [long.encode()] * 3
+    status, output, (*notices, last) = sender.finish()
+    late = f"no reply from {endpoint} within 0.8 s"
+    assert (status, output) == (3, b"")
+    assert notices == [f"zmqmsg: {late}; retrying ({attempt} of 2)" for attempt in (1, 2)]
+    found = re.search(rf"no reply to '{'x' * 40}'\.\.\. \(3 attempts, (.*) s\): {late}; .*slow or hung", last)
+    assert found
+    assert 2.4 <= float(found[1]) < 3.2
+    assert not mute.poll(200)
+
+
+def test_one_clock_runs_for_connecting_and_replying(context: Context, start: Start) -> None:
+    mute, endpoint = open_server(context, zmq.REP)
+    delays = iter([1])
+
+    def delay_the_first(data: bytes, target: socket.socket, _upstream: bool) -> None:
+        time.sleep(next(delays, 0))
+        target.sendall(data)
+
+    with relay(endpoint, delay_the_first) as late:
+        sender = start("send", "--connect", late, "--timeout", "2.5", "--retries", "0", "x")
+        assert mute.recv() == b"x"
+        status, _, notices = sender.finish()
+    found = re.search(r"no reply to 'x' \(1 attempt, (.*) s\)", notices[-1])
+    assert found
+    assert status == 3
+    assert 2.5 <= float(found[1]) < 3.3
+
+
+@pytest.mark.parametrize("sent", [True, False])
+def test_an_attempt_that_finds_no_server_any_more_is_one_of_the_retries(
+    context: Context, start: Start, sent: bool
+) -> None:
+    """The exit status tells whether the message may have been served."""
+    server, endpoint = open_server(context, zmq.REP)
+    sender = start("send", "--verbose", "--connect", endpoint, "--timeout", "0.6", "--retries", "2")
+    sender.wait_for_notice(f"connected to {endpoint}")
+    if not sent:
+        sender.send_line(b"before")
+        server.send(server.recv())
+        server.close()
+        sender.wait_for_notice("lost")
+    sender.send_line(b"x")
+    if sent:
+        assert server.recv() == b"x"
+        server.close()
+    status, _, notices = sender.finish()
+    retries = [notice for notice in notices if "retrying" in notice]
+    gone = f"no server at {endpoint} within 0.6 s: "
+    assert (status, len(retries)) == (3 if sent else 1, 2)
+    assert (f"connection to {endpoint} lost; retrying (1 of 2)" if sent else gone) in retries[0]
+    assert gone in retries[1]
+    assert re.search(
+        rf"no reply to 'x' \(3 attempts, .* s\): {gone}" if sent else rf"{gone}.*\(3 attempts, .* s\)", notices[-1]
+    )
+
+
+# Several endpoints
+
+
+def test_requests_go_round_robin_among_more_endpoints_than_there_are_io_threads(serve: Serve, start: Start) -> None:
+    count = 70
+    server, _ = serve("--quiet", *["--bind", "tcp://127.0.0.1:*"] * count)
+    until(lambda: len(server.notices) == count)
+    endpoints = [notice.rpartition(" ")[2] for notice in server.notices]
+    sender = start("send", "--verbose", *connects(*endpoints))
+    for endpoint in endpoints:
+        sender.wait_for_notice(f"connected to {endpoint}")
+    for _ in range(2 * count):
+        exchange(sender)
+    assert sender.finish()[0] == 0
+    order = replied(sender)
+    assert sorted(order[:count]) == sorted(endpoints)
+    assert order == order[:count] * 2
+
+
+def exchange(sender: Process) -> None:
+    sender.send_line(b"x")
+    assert sender.read_line() == b"x"
+
+
+def replied(sender: Process) -> list[str]:
+    """Return the endpoints that --verbose has named, in the order of their replies."""
+    return [found[1] for notice in sender.notices if (found := re.search("reply from (.*): 1 frame", notice))]
+
+
+def test_dead_and_frozen_servers_among_living_ones_hold_nobody_up(echo: str, serve: Serve, send: Send) -> None:
+    server, frozen = serve()
+    server.signal(signal.SIGSTOP)
+    messages = [str(number) for number in range(300)]
+    done = send(*connects(free_endpoint(), frozen, echo, NOWHERE), "--timeout", "5", *messages)
+    assert (done.returncode, done.stdout.decode().split()) == (0, messages)
+    assert b"retrying" not in done.stderr
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["from the start", "in the middle"])
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("unknown key", "refused: the server does not know this key"),
+        ("PUB", "is neither a REP nor a ROUTER socket"),
+        ("garbage", "has not answered as ZeroMQ"),
+    ],
+    ids=["unknown key", "PUB", "garbage"],
+)
+def test_one_bad_endpoint_among_several_harms_no_good_one(
+    context: Context, serve: Serve, start: Start, tmp_path: Path, bad: str, reason: str, replaced: bool
+) -> None:
+    """From the start, or in the place of a good one in the middle of a run."""
+    curve = bad == "unknown key"
+    key = ["--key", f"{tmp_path}/server.key_secret"] * curve
+    server_key = ["--server-key", f"{tmp_path}/server.key"] * curve
+    good_server, good = serve("--quiet", *key)
+    former_server, endpoint = serve("--quiet", *key) if replaced else (good_server, free_endpoint())
+    with ExitStack() as stack:
+
+        def bind_bad() -> None:
+            if bad == "PUB":
+                bind(stack.enter_context(context.socket(zmq.PUB)), endpoint)
+            elif bad == "garbage":
+                stack.enter_context(listening(PORTS["garbage"], endpoint))
+            else:
+                (tmp_path / "nobody").mkdir()
+                serve("--bind", endpoint, *key, "--client-keys", f"{tmp_path}/nobody")
+
+        def is_served_and_told() -> bool:
+            exchange(sender)
+            return any(reason in notice for notice in sender.notices)
+
+        if not replaced:
+            bind_bad()
+        sender = start("send", "--verbose", *server_key, *connects(endpoint, good))
+        sender.wait_for_notice(f"connected to {good}")
+        if replaced:
+            sender.wait_for_notice(f"connected to {endpoint}")
+            former_server.close()
+            bind_bad()
+            sender.wait_for_notice(f"connection to {endpoint} lost")
+        until(is_served_and_told)
+        assert sender.finish()[0] == 0
+    assert set(replied(sender)) == {good}
+    assert sum(reason in notice for notice in sender.notices) == 1
+    assert not any("retrying" in notice for notice in sender.notices)
+
+
+def test_peers_of_the_wrong_type_are_left_out_until_none_is_left(context: Context, send: Send) -> None:
+    types = [zmq.PUB, zmq.PUSH, zmq.REQ, zmq.PAIR, zmq.PULL, zmq.SUB, zmq.DEALER]
+    peers = [open_server(context, socket_type) for socket_type in types]
+    done = send(*connects(*(endpoint for _, endpoint in peers)), "x")
+    *others, last = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout, len(others)) == (1, b"", len(types) - 1)
+    assert all(notice.endswith("is neither a REP nor a ROUTER socket; going on without it") for notice in others)
+    assert last.endswith("is neither a REP nor a ROUTER socket")
+
+
+# --verbose
+
+
+def test_verbose_reports_each_reply_and_a_summary(serve: Serve, send: Send) -> None:
+    _, endpoint = serve("--exec", "sleep 0.3; cat")
+    done = send("--verbose", "--connect", endpoint, "a", "bc")
+    connected, *replies, summary = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout) == (0, b"a\nbc\n")
+    assert connected == f"zmqmsg: connected to {endpoint}"
+    for size, reply in zip(["1 byte", "2 bytes"], replies, strict=True):
+        found = re.fullmatch(f"zmqmsg: reply from {endpoint}: 1 frame, {size}, (.*) ms", reply)
+        assert found
+        assert float(found[1]) >= 300
+    times = re.fullmatch("zmqmsg: 2 replies, min/avg/max (.*)/(.*)/(.*) ms", summary)
+    assert times
+    assert 300 <= float(times[1]) <= float(times[2]) <= float(times[3])
+
+
+def test_verbose_gives_the_time_of_the_attempt_that_brought_the_reply(context: Context, start: Start) -> None:
+    server, endpoint = open_server(context, zmq.ROUTER)
+    sender = start("send", "--verbose", "--connect", endpoint, "--timeout", "1", "x")
+    server.recv_multipart()
+    server.send_multipart(server.recv_multipart())
+    sender.finish()
+    assert f"zmqmsg: reopening the connection to {endpoint}" in sender.notices
+    assert float(sender.wait_for_notice("1 frame, 1 byte, (.*) ms")[1]) < 1000
+    assert not any("min/avg/max" in notice for notice in sender.notices)
+
+
+def test_verbose_reports_connections_as_they_come_and_go(serve: Serve, start: Start) -> None:
+    server, endpoint = serve()
+    sender = start("send", "--verbose", "--connect", endpoint)
+    sender.wait_for_notice(f"connected to {endpoint}")
+    server.close()
+    sender.wait_for_notice(f"connection to {endpoint} lost")
+    serve("--bind", endpoint)
+    exchange(sender)
+    assert sender.finish()[2].count(f"zmqmsg: connected to {endpoint}") == 2
+
+
+# Ctrl-C
+
+
+def test_every_wait_is_told_with_its_reason_and_ended_by_ctrl_c(context: Context, serve: Serve, start: Start) -> None:
+    server, frozen = serve()
+    server.signal(signal.SIGSTOP)
+    dying, lost = open_server(context, zmq.REP)
+    _mute, unanswering = open_server(context, zmq.REP)
+    nobody = free_endpoint()
+    with ExitStack() as stack:
+        ports = [stack.enter_context(listening(talk)) for talk in PORTS.values()]
+        reasons = {
+            nobody: f"waiting for {nobody}: nothing accepts connections there",
+            lost: f"waiting for {lost}: nothing accepts connections there",
+            NOWHERE: f"waiting for {NOWHERE}: cannot resolve no.such.name.invalid",
+            unanswering: f"waiting for a reply from {unanswering}",
+            **{endpoint: f"connected to {endpoint}, {NOT_ZEROMQ}" for endpoint in [*ports, frozen]},
+        }
+        senders = {endpoint: start("send", "--connect", endpoint, "x") for endpoint in reasons}
+        dying.recv()
+        dying.close()
+        for endpoint, sender in senders.items():
+            sender.wait_for_notice(re.escape(reasons[endpoint]))
+            interrupt(sender)
+            assert reasons[endpoint] in sender.notices[-2]
+
+
+def interrupt(sender: Process) -> None:
+    sender.signal(signal.SIGINT)
+    assert sender.wait(5) == -signal.SIGINT
+
+
+def test_ctrl_c_ends_a_wait_for_the_reader_of_the_replies(echo: str, start: Start) -> None:
+    sender = start("send", "--connect", echo, *["x" * 100_000] * 3)
+    assert sender.popen.stdout
+    assert sender.popen.stdout.read(1) == b"x"
+    interrupt(sender)
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_ctrl_c_stops_a_shell_loop_around_send() -> None:
+    """It would go on if ``send`` met the signal and exited, even with status 130."""
+    command = f"while :; do {shlex.join([*COMMAND, 'send', '--connect', free_endpoint(), 'x'])}; done"
+    with subprocess.Popen(["bash", "-c", command], stderr=subprocess.PIPE, start_new_session=True) as loop:
+        try:
+            assert loop.stderr
+            assert b"waiting for" in loop.stderr.readline()
+            os.killpg(loop.pid, signal.SIGINT)
+            assert loop.wait(5) == -signal.SIGINT
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(loop.pid, signal.SIGKILL)
+
+
+def test_where_ctrl_c_is_ignored_it_stays_so(echo: str, start: Start) -> None:
+    """As in a background job of a shell."""
+    sender = start("send", "--connect", echo, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    for _ in range(2):
+        exchange(sender)
+        sender.signal(signal.SIGINT)
+    assert sender.finish()[0] == 0

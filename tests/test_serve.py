@@ -1,0 +1,565 @@
+"""What ``zmqmsg serve`` promises: it answers, prints what was asked, and stops without losing a reply."""
+
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyomq
+import pytest
+import zmq
+
+from zmqmsg.sockets import Context
+
+from conftest import (
+    LIMIT,
+    LINUX,
+    Process,
+    Send,
+    Serve,
+    Start,
+    address,
+    broker,
+    catches,
+    echoing,
+    free_endpoint,
+    open_server,
+    until,
+)
+from zmtp import greeting, ready, request
+
+soak = pytest.mark.soak
+
+LINES = b"first message\nsecond message\nthird message\n"
+
+
+def ask(context: Context, endpoint: str, *frames: bytes) -> list[bytes]:
+    """Send ``frames`` over a plain REQ socket, and return the reply."""
+    with context.socket(zmq.REQ) as client:
+        client.linger = 0
+        client.ipv6 = "[" in endpoint
+        client.connect(endpoint)
+        client.send_multipart(frames)
+        assert client.poll(LIMIT * 1000)
+        return client.recv_multipart()
+
+
+def stop(process: Process, number: int = signal.SIGTERM) -> tuple[int, bytes, list[str]]:
+    """Send the process a signal, and return how it ended."""
+    process.signal(number)
+    return process.finish()
+
+
+def shell(tmp_path: Path, text: str) -> dict[str, Any]:
+    """Return options that start a process by the shell script ``text``, in which $python and "$@" stand for it."""
+    script = tmp_path / "script"
+    script.write_text(f"#!/bin/sh\npython='{sys.executable}'\n{text}\n")
+    script.chmod(0o755)
+    return {"executable": script}
+
+
+# Requests come in, are answered and printed
+
+
+def test_a_request_is_echoed_frame_by_frame_over_inproc(context: Context) -> None:
+    with echoing(context, "inproc://server", count=2) as endpoint:
+        assert ask(context, endpoint, b"one", b"", b"\xff\0") == [b"one", b"", b"\xff\0"]
+        assert ask(context, endpoint, b"") == [b""]
+
+
+def test_three_messages_are_seen_at_the_server_and_their_replies_at_the_client(serve: Serve, send: Send) -> None:
+    server, endpoint = serve("--count", "3")
+    done = send("--connect", endpoint, "first message", "second message", "third message")
+    assert (done.returncode, done.stdout, done.stderr) == (0, LINES, b"")
+    assert server.finish() == (0, LINES, [f"zmqmsg: listening on {endpoint}", "zmqmsg: 3 requests served"])
+
+
+@pytest.mark.parametrize(
+    ("options", "printed"),
+    [([], b"one\n\nt\two\n"), (["--null"], b"one\0\0t\two\0"), (["--quoted"], b"one\t\tt\\two\n"), (["--quiet"], b"")],
+)
+def test_a_request_of_a_plain_req_socket_is_printed(
+    context: Context, serve: Serve, options: list[str], printed: bytes
+) -> None:
+    server, endpoint = serve("--count", "1", *options)
+    assert ask(context, endpoint, b"one", b"", b"t\two") == [b"one", b"", b"t\two"]
+    assert server.finish()[:2] == (0, printed)
+
+
+def test_a_req_socket_of_pyomq_is_served(serve: Serve) -> None:
+    server, endpoint = serve("--count", "1")
+    with pyomq.Context() as context, context.socket(pyomq.REQ) as client:
+        client.connect(endpoint)
+        client.send(b"hello")
+        assert client.recv() == b"hello"
+    assert server.finish()[:2] == (0, b"hello\n")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["tcp://localhost:*", "tcp://[::1]:*", "ipc://{}/a.sock", pytest.param("ipc://@{}", marks=LINUX)]
+)
+def test_whatever_only_this_machine_can_reach_is_bound_without_a_warning(
+    serve: Serve, send: Send, tmp_path: Path, endpoint: str
+) -> None:
+    server, real = serve("--bind", endpoint.format(tmp_path))
+    assert send("--connect", real, "hello").stdout == b"hello\n"
+    assert stop(server) == (0, b"hello\n", [f"zmqmsg: listening on {real}", "zmqmsg: 1 request served"])
+
+
+@LINUX
+@pytest.mark.parametrize("endpoint", ["tcp://*:5555", "tcp://0.0.0.0:5555", "tcp://[::]:5555"])
+def test_a_bind_to_all_addresses_says_so_and_warns(start: Start, tmp_path: Path, endpoint: str) -> None:
+    # In a network of its own, so that really nobody can reach it.
+    server = start("serve", "--bind", endpoint, **shell(tmp_path, 'exec unshare --user --net "$python" "$@"'))
+    warning = server.wait_for_notice("warning: .*|unshare failed")[0]
+    if "unshare" in warning:
+        pytest.skip("needs the right to make a network namespace")
+    assert re.search("anyone .*port 5555.*--key.*--client-keys", warning)
+    assert stop(server)[2][0] == "zmqmsg: listening on all addresses, port 5555"
+
+
+def test_verbose_says_who_asked_how_much_and_how_long_the_answer_took(context: Context, serve: Serve) -> None:
+    server, endpoint = serve("--verbose", "--count", "1", "--exec", "sleep 0.2; echo ok")
+    assert ask(context, endpoint, b"one", b"two") == [b"ok\n"]
+    line = r"request 1 from 127\.0\.0\.1: 2 frames, 6 bytes; reply: 1 frame, 3 bytes, (\d+\.\d+) ms$"
+    assert float(server.wait_for_notice(line)[1]) >= 200
+    assert server.finish()[:2] == (0, b"one\ntwo\n")
+
+
+# What cannot be bound or connected to
+
+
+@pytest.mark.parametrize(
+    ("endpoint", "reason"),
+    [
+        ("tcp://192.0.2.1:5555", "this machine has no such address"),
+        ("tcp://nosuch0:5555", "this machine has no such address or interface"),
+        ("ipc:///nonexistent/a.sock", "there is no such directory"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_bound_is_a_failure_in_plain_words(start: Start, endpoint: str, reason: str) -> None:
+    assert start("serve", "--bind", endpoint).finish() == (1, b"", [f"zmqmsg: cannot bind {endpoint}: {reason}"])
+
+
+def test_a_second_bind_that_fails_leaves_no_ipc_file_behind(start: Start, echo: str, tmp_path: Path) -> None:
+    status, output, notices = start("serve", "--bind", f"ipc://{tmp_path}/a.sock", "--bind", echo).finish()
+    assert (status, output) == (1, b"")
+    assert f"cannot bind {echo}: address in use" in notices[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_broker_harms_neither_a_good_one_nor_what_is_bound(context: Context, serve: Serve, start: Start) -> None:
+    _publisher, bad = open_server(context, zmq.PUB)
+    dealer, good = open_server(context, zmq.DEALER)
+    reason = f"zmqmsg: {bad} is neither a DEALER nor a REQ socket"
+    server, endpoint = serve("--connect", bad)
+    worker = start("serve", "--connect", bad, "--connect", good)
+    for process in (server, worker):
+        process.wait_for_notice(f"{reason}; going on without it")
+    assert ask(context, endpoint, b"direct") == [b"direct"]
+    dealer.send_multipart([b"", b"by the good broker"])
+    assert dealer.recv_multipart() == [b"", b"by the good broker"]
+    for process, printed in ((server, b"direct\n"), (worker, b"by the good broker\n")):
+        status, output, notices = stop(process)
+        assert (status, output) == (0, printed)
+        assert sum(bad in notice for notice in notices) == 1
+    assert start("serve", "--connect", bad).finish() == (1, b"", [reason])
+
+
+# Workers
+
+
+def test_one_server_serves_all_that_it_binds_and_connects_to(context: Context, serve: Serve, tmp_path: Path) -> None:
+    with broker() as (front, back):
+        binds = ["--bind", f"ipc://{tmp_path}/a.sock", "--bind", "tcp://127.0.0.1:*"]
+        server, one = serve(*binds, "--connect", back, "--count", "3", "--null", "--exec", "tr a-z A-Z")
+        two = server.wait_for_notice("listening on (tcp.*)")[1]
+        assert [ask(context, endpoint, b"hi") for endpoint in (one, two, front)] == [[b"HI"]] * 3
+        assert server.finish()[:2] == (0, b"hi\0" * 3)
+
+
+def test_a_worker_waits_aloud_for_its_broker_loses_it_and_finds_it_again(context: Context, start: Start) -> None:
+    back = free_endpoint()
+    worker = start("serve", "--connect", back)
+
+    def told(text: str, times: int) -> None:
+        until(lambda: sum(text in notice for notice in worker.notices) == times, lambda: worker.notices)
+
+    for number in (1, 2):
+        told(f"waiting for {back}", number)
+        with broker(back_endpoint=back) as (front, _back):
+            told(f"connected to {back}", number)
+            assert ask(context, front, b"%d" % number) == [b"%d" % number]
+    status, output, notices = stop(worker)
+    assert (status, output) == (0, b"1\n2\n")
+    assert len(notices) == 5, "each wait and each end of it once, no bind, and the count"
+
+
+def test_four_workers_behind_a_broker_share_the_requests_of_four_senders(start: Start) -> None:
+    with broker() as (front, back):
+        workers = [start("serve", "--connect", back, "--exec", "sleep 0.2; cat") for _ in range(4)]
+        for worker in workers:
+            worker.wait_for_notice(f"connected to {back}")
+        senders = [start("send", "--connect", front) for _ in workers]
+        for sender in senders:  # so that the time that a process takes to start does not count
+            sender.send_line(b"warm-up")
+            assert sender.read_line() == b"warm-up"
+        started = time.monotonic()
+        for number, sender in enumerate(senders):
+            for line in range(5):
+                sender.send_line(b"%d %d" % (number, line))
+        for number, sender in enumerate(senders):
+            assert [sender.read_line() for _ in range(5)] == [b"%d %d" % (number, line) for line in range(5)]
+        seconds = time.monotonic() - started
+        assert [sender.finish()[0] for sender in senders] == [0] * 4
+        served = [stop(worker)[1].splitlines() for worker in workers]
+    assert sum(map(len, served)) == 4 + 20
+    assert all(served)
+    assert seconds < 20 * 0.2 / 2, "a quarter of the time of one worker, and an allowance for a busy machine"
+
+
+# Signals, and the last reply
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_an_idle_server_and_leaves_no_ipc_file_behind(
+    serve: Serve, send: Send, tmp_path: Path, number: int
+) -> None:
+    server, endpoint = serve("--bind", f"ipc://{tmp_path}/a.sock")
+    assert send("--connect", endpoint, "one").returncode == 0
+    assert stop(server, number) == (0, b"one\n", [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_ends_a_worker_that_waits_for_its_broker(start: Start) -> None:
+    worker = start("serve", "--connect", free_endpoint())
+    worker.wait_for_notice("waiting for")
+    assert stop(worker)[:2] == (0, b"")
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(context: Context, serve: Serve, tmp_path: Path) -> None:
+    server, endpoint = serve(**shell(tmp_path, """trap '' HUP; exec "$python" "$@" """))  # as nohup has it
+    server.signal(signal.SIGHUP)
+    assert ask(context, endpoint, b"still there?") == [b"still there?"]
+    assert stop(server)[0] == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_lets_the_current_request_be_answered(context: Context, serve: Serve, number: int) -> None:
+    server, endpoint = serve("--exec", "echo begun >&2; sleep 0.3; cat; echo done")
+    with context.socket(zmq.REQ) as client:
+        client.connect(endpoint)
+        client.send(b"x")
+        server.wait_for_notice("begun")
+        server.signal(number)
+        assert client.poll(LIMIT * 1000)
+        assert client.recv() == b"xdone\n"
+    assert server.finish() == (0, b"x\n", [f"zmqmsg: listening on {endpoint}", "begun", "zmqmsg: 1 request served"])
+
+
+def wait_for_the_first_signal_to_count(server: Process) -> None:
+    until(lambda: not catches(server.pid, signal.SIGTERM))
+
+
+@LINUX
+def test_a_second_signal_ends_it_at_once_though_its_command_never_ends(context: Context, serve: Serve) -> None:
+    server, endpoint = serve("--exec", "echo begun >&2; exec sleep 600", start_new_session=True)
+    try:
+        with context.socket(zmq.REQ) as client:
+            client.linger = 0
+            client.connect(endpoint)
+            client.send(b"x")
+            server.wait_for_notice("begun")
+            server.signal(signal.SIGINT)
+            wait_for_the_first_signal_to_count(server)
+            server.signal(signal.SIGTERM)
+            assert server.popen.wait(LIMIT) == -signal.SIGTERM
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)  # what is left of the command
+
+
+def test_ctrl_c_at_a_terminal_ends_the_command_and_leaves_its_request_unanswered(
+    serve: Serve, start: Start, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    server, endpoint = serve("--exec", "echo half; cat fifo", cwd=tmp_path, start_new_session=True)
+    client = start("send", "--connect", endpoint, "--retries", "0", "x")
+    with open(tmp_path / "fifo", "wb"):  # waits until cat has opened it, too
+        os.killpg(server.pid, signal.SIGINT)
+        status, output, notices = server.finish()
+    assert (status, output) == (0, b"")
+    assert "unanswered" in notices[-2]
+    assert "0 requests served" in notices[-1]
+    status, output, notices = client.finish()
+    assert (status, output) == (3, b"")
+    assert f"connection to {endpoint} lost" in notices[-1]
+
+
+@contextmanager
+def slow_client(endpoint: str, body: bytes) -> Iterator[BinaryIO]:
+    """Send a request of ``body`` by hand; the context gets the stream to read the reply from, when it likes."""
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # else the system takes it all
+        client.settimeout(LIMIT)
+        client.connect(address(endpoint))
+        client.sendall(greeting() + ready(b"REQ"))
+        with client.makefile("rb") as stream:
+            stream.read(len(greeting()))
+            stream.read(stream.read(2)[1])
+            client.sendall(request(body))
+            yield stream
+
+
+@pytest.mark.parametrize("how", ["count", "signal"])
+@pytest.mark.parametrize(("megabytes", "rate"), [(6, 0), pytest.param(24, 2_000_000, marks=soak, id="full")])
+def test_the_last_reply_reaches_a_slow_client_however_long_that_takes(
+    serve: Serve, how: str, megabytes: int, rate: int
+) -> None:
+    """Without a ``rate``, in bytes a second, the client begins to read when the server has said that it waits."""
+    body = os.urandom(megabytes * 1_000_000)
+    server, endpoint = serve(*["--count", "1"] * (how == "count"))
+    with slow_client(endpoint, body) as stream:
+        assert server.popen.stdout
+        assert server.popen.stdout.read(len(body) + 1) == body + b"\n"  # printed, and so on its way
+        if how == "signal":
+            server.signal(signal.SIGTERM)
+        if not rate:
+            server.wait_for_notice("waiting for the last reply")
+        assert stream.read(2 + 9) == b"\x01\x00\x02" + len(body).to_bytes(8)
+        received = bytearray()
+        while len(received) < len(body) and (data := stream.read(rate // 10 or 65536)):
+            received += data
+            time.sleep(0.1 if rate else 0)
+        assert received == body
+    assert server.wait() == 0
+    assert "waiting for the last reply" in server.notices[-2]
+
+
+@LINUX
+def test_a_second_signal_ends_the_wait_for_a_client_that_does_not_read(serve: Serve) -> None:
+    server, endpoint = serve("--quiet")
+    with slow_client(endpoint, bytes(6_000_000)) as stream:
+        assert stream.read(1) == b"\x01"
+        server.signal(signal.SIGTERM)
+        server.wait_for_notice("waiting for the last reply.*second signal")
+        server.signal(signal.SIGTERM)
+        assert server.wait() == -signal.SIGTERM
+
+
+@soak
+def test_a_client_that_reads_nothing_ends_the_wait_within_35_seconds(serve: Serve) -> None:
+    server, endpoint = serve("--quiet", "--count", "1")
+    with slow_client(endpoint, bytes(6_000_000)):
+        server.wait_for_notice("1 request served")
+        assert server.wait(35) == 0
+
+
+def test_the_last_reply_of_a_worker_reaches_its_broker_however_soon_the_request_came(
+    context: Context, start: Start, tmp_path: Path
+) -> None:
+    size = 20_000_000
+    for number in range(8):
+        dealer, back = open_server(context, zmq.DEALER, f"ipc://{tmp_path}/{number}.sock")
+        worker = start("serve", "--connect", back, "--count", "1", "--exec", f"head -c {size} /dev/zero")
+        dealer.send_multipart([b"", b"x"])  # waits for the worker
+        assert worker.finish()[:2] == (0, b"x\n")
+        assert dealer.poll(5000)
+        assert dealer.recv_multipart() == [b"", bytes(size)]
+
+
+# Standard output and standard error
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("redirection", "reason"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
+)
+def test_where_printing_fails_the_request_is_answered_first(
+    context: Context, serve: Serve, tmp_path: Path, redirection: str, reason: str
+) -> None:
+    server, endpoint = serve(**shell(tmp_path, f'exec "$python" "$@" {redirection}'))
+    assert ask(context, endpoint, b"x") == [b"x"]
+    status, _, notices = server.finish()
+    assert (status, notices[1:]) == (1, [f"zmqmsg: cannot write to standard output: {reason}"])
+
+
+def test_where_the_reader_is_gone_the_request_is_answered_first(context: Context, serve: Serve) -> None:
+    server, endpoint = serve()
+    assert server.popen.stdout
+    server.popen.stdout.close()
+    assert ask(context, endpoint, b"x") == [b"x"]
+    assert server.wait() == 1
+    assert server.notices == [f"zmqmsg: listening on {endpoint}", "(end)"]
+
+
+def test_a_signal_lets_a_slow_reader_have_all_that_is_printed(serve: Serve, send: Send) -> None:
+    server, endpoint = serve()
+    message = b"x" * 200_000  # more than a pipe holds
+    assert send("--connect", endpoint, "--file", "-", input=message).returncode == 0
+    assert stop(server)[:2] == (0, message + b"\n")
+
+
+@LINUX
+def test_a_second_signal_ends_it_at_once_though_its_output_blocks(serve: Serve, send: Send) -> None:
+    server, endpoint = serve()
+    assert send("--connect", endpoint, "x" * 100_000).returncode == 0
+    server.signal(signal.SIGINT)
+    wait_for_the_first_signal_to_count(server)
+    server.signal(signal.SIGTERM)
+    assert server.wait() == -signal.SIGTERM
+
+
+def test_notices_that_nobody_reads_do_not_keep_it_from_serving(context: Context, start: Start, tmp_path: Path) -> None:
+    endpoint = f"ipc://{tmp_path}/a.sock"
+    reading, writing = os.pipe()
+
+    def read() -> bytes:
+        with suppress(BlockingIOError):
+            return os.read(reading, 65536)
+        return b""
+
+    try:
+        for end in (reading, writing):
+            os.set_blocking(end, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+        server = start("serve", "--verbose", "--bind", endpoint, stderr=writing)
+        started = time.monotonic()
+        assert [ask(context, endpoint, b"x") for _ in range(20)] == [[b"x"]] * 20
+        assert time.monotonic() - started < 10, "not a second for each"
+        while read():
+            pass
+        assert ask(context, endpoint, b"x") == [b"x"]
+        until(lambda: b"request 21 from" in read())
+        assert stop(server)[:2] == (0, b"x\n" * 21)
+    finally:
+        os.close(reading)
+        os.close(writing)
+
+
+# Answers: --reply
+
+
+@pytest.mark.parametrize("reply", [b'{"status": "ok"}', b"", b"\xff\t\n"])
+def test_every_request_gets_the_fixed_reply_and_is_printed(context: Context, serve: Serve, reply: bytes) -> None:
+    server, endpoint = serve("--reply", reply, "--count", "2")
+    assert ask(context, endpoint, b"one") == [reply]
+    assert ask(context, endpoint, b"two", b"three") == [reply]
+    status, output, notices = server.finish()
+    assert (status, output, notices[-1]) == (0, b"one\ntwo\nthree\n", "zmqmsg: 2 requests served")
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (["--reply", "x", "--exec", "cat"], "--reply and --exec exclude each other"),
+        (["--reply", "", "--exec", "cat"], "--reply and --exec exclude each other"),
+        (["--exec", ""], "--exec needs a command"),
+        (["--exec", " "], "--exec needs a command"),
+    ],
+)
+def test_answers_that_contradict_each_other_are_wrong_usage(start: Start, options: list[str], complaint: str) -> None:
+    status, output, notices = start("serve", *options).finish()
+    assert (status, output) == (2, b"")
+    assert complaint in notices[-1]
+
+
+# Answers: --exec
+
+
+@pytest.mark.parametrize("body", [b"", b"\n", b"\0", b"no newline", b"two\n\n", bytes(range(256))])
+def test_exec_cat_is_the_echo(context: Context, serve: Serve, body: bytes) -> None:
+    server, endpoint = serve("--exec", "cat")
+    assert ask(context, endpoint, body) == [body]
+    assert stop(server) == (0, body + b"\n", [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"])
+
+
+LARGE = os.urandom(3_000_000)
+
+
+@pytest.mark.parametrize(
+    ("command", "body", "reply"),
+    [
+        ("cat", os.urandom(64 << 20), None),
+        ("echo fine", LARGE, b"fine\n"),
+        ("head -c 3000000 /dev/zero; cat", LARGE, bytes(3_000_000) + LARGE),
+        ("exec <&-; echo closed", LARGE, b"closed\n"),
+    ],
+    ids=["64 MiB", "reads nothing", "prints much before it reads", "closes its input"],
+)
+def test_a_command_may_read_and_print_as_it_likes(
+    context: Context, serve: Serve, command: str, body: bytes, reply: bytes | None
+) -> None:
+    server, endpoint = serve("--quiet", "--exec", command)
+    assert ask(context, endpoint, body) == [body if reply is None else reply]
+    assert stop(server)[2] == [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"]
+
+
+@pytest.mark.parametrize(
+    ("command", "reply", "notice"),
+    [
+        ("cat; exit 3", b"x", "the command exited with status 3"),
+        ("cat; kill -KILL $$", b"x", "the command was killed by SIGKILL"),
+        ("cat; kill -TERM $$", b"x", "the command was killed by SIGTERM"),
+        ("no-such-command", b"", "the command exited with status 127"),
+    ],
+)
+def test_what_a_command_that_fails_has_printed_is_the_reply(
+    context: Context, serve: Serve, command: str, reply: bytes, notice: str
+) -> None:
+    server, endpoint = serve("--exec", command, "--count", "2")
+    assert [ask(context, endpoint, b"x") for _ in range(2)] == [[reply]] * 2
+    status, output, notices = server.finish()
+    assert (status, output) == (0, b"x\nx\n")
+    assert notices.count(f"zmqmsg: {notice}") == 2
+    assert ("not found" in "".join(notices)) is (command == "no-such-command"), "the shell's own word"
+
+
+def test_no_request_injects_anything(context: Context, serve: Serve, tmp_path: Path) -> None:
+    server, endpoint = serve("--exec", 'cat; echo "$0 $# $*"; env', cwd=tmp_path)
+    for attempt in [b"'; %b; '", b'"; %b; "', b"$(%b)", b"`%b`", b"\n%b\n", b"; %b #", b"& %b &", b"| %b", b"x=%b\0%b"]:
+        body = attempt.replace(b"%b", b"touch injected")
+        (reply,) = ask(context, endpoint, body)
+        assert reply.startswith(body)
+        assert b"PATH=" in reply
+        assert b"injected" not in reply.removeprefix(body)
+    stop(server)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_frames_are_read_as_one_and_a_notice_says_so_once(context: Context, serve: Serve) -> None:
+    server, endpoint = serve("--exec", "cat")
+    assert [ask(context, endpoint, b"one", b"", b"two") for _ in range(2)] == [[b"onetwo"]] * 2
+    notices = stop(server)[2]
+    assert sum("--quoted" in notice for notice in notices) == 1
+
+
+@pytest.mark.parametrize(
+    ("command", "frames", "reply", "notice"),
+    [
+        ("cat", [b"a\tb", b"", b"\n\\\xff"], [b"a\tb", b"", b"\n\\\xff"], None),
+        ("cut -f2", [b"one", b"two", b"three"], [b"two"], None),
+        ("echo ok", [b"x"], [b"ok"], None),
+        ("printf ok", [b"x"], [b"ok"], None),
+        ("echo", [b"x"], [b""], None),
+        (r"printf 'a\\q\n'", [b"x"], [b"a\\q\n"], r"'\\q'"),
+        (r"printf 'a\nb\n'", [b"x"], [b"a\nb\n"], "more than one line"),
+    ],
+)
+def test_with_quoted_a_command_reads_one_line_and_prints_one(
+    context: Context, serve: Serve, command: str, frames: list[bytes], reply: list[bytes], notice: str | None
+) -> None:
+    server, endpoint = serve("--quoted", "--exec", command)
+    assert ask(context, endpoint, *frames) == reply
+    notices = stop(server)[2]
+    assert len(notices) == 2 + bool(notice)
+    if notice:
+        assert re.search(f"not print a quoted line.*{notice}", notices[1])

@@ -1,0 +1,289 @@
+"""``zmqmsg serve``: answers requests on a bound REP socket, and on connected ones as a worker of brokers."""
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing, suppress
+from functools import partial
+from threading import Thread
+from types import FrameType
+from typing import Any
+
+import click
+import zmq
+
+from zmqmsg import DEFAULT_ENDPOINT
+from zmqmsg.console import Failure, Form, Output, describe, notify, quote, unquote
+from zmqmsg.monitor import NOTICE_DELAY, Connections
+from zmqmsg.sockets import IO_THREADS, Context, Socket, bound, is_local, open_socket, receive, send
+
+RAPID = 20
+"""Milliseconds within which the next request is waited for in recv: that takes one system call, and polling six."""
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+Frames = Sequence[Any]  # of bytes, or of Frames, which have them in a buffer
+Answer = Callable[[Frames], Frames]
+
+
+def run(
+    *,
+    bind: tuple[str, ...],
+    connect: tuple[str, ...],
+    reply: str | None,
+    command: str | None,
+    count: int | None,
+    quiet: bool,
+    verbose: bool,
+    null: bool,
+    quoted: bool,
+    max_size: int,
+    key: str | None,
+    client_keys: str | None,
+    server_key: str | None,
+) -> None:
+    """Answer requests until a signal comes or ``count`` is reached; the options are those of the command.
+
+    Raises Failure.
+    """
+    form = Form.choose(null=null, quoted=quoted)
+    answer = choose_answer(reply, command, quoted=quoted)
+    bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
+    secure_bound = secure_connected = None
+    if key or client_keys or server_key:
+        from zmqmsg.curve import server_security  # 10 ms, for CURVE alone
+
+        secure_bound, secure_connected = server_security(
+            key, client_keys, server_key, binds=bool(bind), connects=bool(connect)
+        )
+    context: Context = zmq.Context(min(1 + len(connect), IO_THREADS))
+    open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
+    with ExitStack() as stack:
+        stack.callback(_flush, context)
+        listener = stack.enter_context(open_rep(secure=secure_bound))
+        connections = Connections(
+            connect,
+            partial(open_rep, secure=secure_connected),
+            needed=not bind,
+            curve=bool(secure_connected),
+            announce=True,
+            verbose=verbose,
+        )
+        stack.enter_context(closing(connections))
+        server = Server(
+            [listener] if bind else [],
+            connections,
+            answer,
+            output=None if quiet else Output(form),
+            count=count,
+            verbose=verbose,
+        )
+        server.stop_on_signals()
+        for endpoint in bind:
+            _announce(stack.enter_context(bound(listener, endpoint)), open_to_all=not (key and client_keys))
+        server.run()
+        notify(f"{server.served} request{'s' * (server.served != 1)} served")
+
+
+def _announce(endpoint: str, *, open_to_all: bool) -> None:
+    host, _, port = endpoint.rpartition(":")
+    everywhere = host in ("tcp://0.0.0.0", "tcp://[::]")
+    notify(f"listening on all addresses, port {port}" if everywhere else f"listening on {endpoint}")
+    if open_to_all and not is_local(endpoint):
+        where = f"port {port}" if everywhere else endpoint
+        text = f"anyone who can reach {where} can use it; restrict access with --key and --client-keys"
+        notify(f"warning: {text}", "yellow")
+
+
+def _flush(context: Context) -> None:
+    """End ``context`` when the last replies are on their way, however long that takes.
+
+    A peer that does not read is cut off by TCP_MAXRT. In a thread, since a signal ends pyzmq's ``term()`` early.
+    """
+    thread = Thread(target=context.term, daemon=True)
+    thread.start()
+    thread.join(NOTICE_DELAY)
+    if thread.is_alive():
+        notify("waiting for the last reply to reach its client; a second signal ends it at once")
+        thread.join()
+
+
+# Answers
+
+
+class CommandStopped(Exception):
+    """A signal to stop has ended the command; ``reply`` is what it had printed by then."""
+
+    def __init__(self, reply: Frames) -> None:
+        super().__init__()
+        self.reply = reply
+
+
+def choose_answer(reply: str | None, command: str | None, *, quoted: bool) -> Answer:
+    """Return the function that makes the reply to a request; raise UsageError if the options contradict each other."""
+    if reply is not None and command is not None:
+        raise click.UsageError("--reply and --exec exclude each other.")
+    if command is not None:
+        if not command.strip():
+            raise click.UsageError("--exec needs a command, for example --exec cat.")
+        return Command(command, quoted=quoted)
+    if reply is not None:
+        frames = [os.fsencode(reply)]
+        return lambda request: frames
+    return lambda request: request
+
+
+class Command:
+    """Answers a request with what a shell command prints, which reads the request on its standard input.
+
+    The request is never a part of the command line or of the environment, so that it cannot inject anything.
+    """
+
+    def __init__(self, command: str, *, quoted: bool) -> None:
+        """Run ``command`` for each request; ``quoted``: it reads one quoted line and prints one."""
+        self._arguments = ["/bin/sh", "-c", command]
+        self._quoted = quoted
+        self._boundaries_told = False
+
+    def __call__(self, request: Frames) -> Frames:
+        """Run the command and return what it printed; raise CommandStopped if a signal to stop has ended it."""
+        try:
+            process = subprocess.Popen(self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        except OSError as error:
+            raise Failure(f"cannot run the command: {error.strerror}") from error
+        printed, _ = process.communicate(self._to_input(request))
+        reply = self._from_output(printed)
+        status = process.returncode
+        if status:
+            how = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
+            notify(f"the command {how}", "yellow")
+        # The shell reports a signal that ended its child as 128 and its number.
+        if status in {way for number in STOP_SIGNALS for way in (-number, 128 + number)}:
+            raise CommandStopped(reply)
+        return reply
+
+    def _to_input(self, request: Frames) -> bytes:
+        frames = [bytes(frame) for frame in request]
+        if self._quoted:
+            return quote(frames) + b"\n"
+        if len(frames) > 1 and not self._boundaries_told:
+            self._boundaries_told = True
+            notify("the command reads several frames as one; --quoted keeps them apart", "yellow")
+        return b"".join(frames)
+
+    def _from_output(self, printed: bytes) -> Frames:
+        if not self._quoted:
+            return [printed]
+        try:
+            line = printed.removesuffix(b"\n")
+            if b"\n" in line:
+                raise ValueError("more than one line")
+            return unquote(line)
+        except ValueError as error:
+            notify(f"the command did not print a quoted line: {error}; sending its output as it is", "yellow")
+            return [printed]
+
+
+# The loop
+
+
+class Server:
+    """Answers one request after the other: receive, answer, send, print. ``served`` counts the answered ones."""
+
+    def __init__(
+        self,
+        bound_sockets: Sequence[Socket],
+        connections: Connections,
+        answer: Answer,
+        *,
+        output: Output | None = None,
+        count: int | None = None,
+        verbose: bool = False,
+    ) -> None:
+        """Answer what comes to REP sockets: ``bound_sockets``, and those of ``connections``.
+
+        ``output`` gets each request after its reply is sent. ``count`` requests stop the loop.
+        """
+        self.served = 0
+        self._bound = bound_sockets
+        self._connections = connections
+        self._answer = answer
+        self._output = output
+        self._count = count
+        self._verbose = verbose
+        self._stopping = False
+        self._wakeup: list[int] = []
+        if bound_sockets and not connections:
+            bound_sockets[0].rcvtimeo = RAPID
+
+    def run(self) -> None:
+        """Answer requests until ``count`` is reached or a signal asks to stop.
+
+        Raises Hopeless if no connection is left to serve, BrokenPipeError or Failure if a request cannot be printed.
+        """
+        sockets = self._bound
+        while not self._stopping:
+            if self._connections:
+                self._connections.update()
+                sockets = [*self._bound, *(connection.socket for connection in self._connections)]
+            idle = True
+            for socket in sockets:
+                if not self._stopping and (request := receive(socket)):
+                    self._serve(socket, request)
+                    idle = False
+            if idle:
+                self._wait(sockets)
+
+    def _wait(self, sockets: Sequence[Socket]) -> None:
+        """Wait until ``sockets``, connections or a signal may have something to say, a second at most."""
+        sources = [source for connection in self._connections for source in connection.sources]
+        items: list[Any] = [*sockets, *sources, *self._wakeup]
+        zmq.zmq_poll([(item, zmq.POLLIN) for item in items], int(self._connections.pause() * 1000))
+
+    def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
+        started = time.monotonic() if self._verbose else 0
+        try:
+            reply = self._answer(request)
+        except CommandStopped as stopped:
+            if self._stopping:
+                # Half a reply must not pass for a whole one; the sender sees its connection break, and asks elsewhere.
+                notify("the last request stays unanswered, since its command was stopped as well", "yellow")
+                return
+            reply = stopped.reply
+        send(socket, reply)
+        self.served += 1
+        if self.served == self._count:
+            self._stopping = True
+        if self._verbose:
+            self._report(request, reply, time.monotonic() - started)
+        if self._output:
+            self._output.write(request)
+
+    def _report(self, request: list[zmq.Frame], reply: Frames, seconds: float) -> None:
+        properties = {}
+        for name in ("Peer-Address", "User-Id"):
+            with suppress(zmq.ZMQError):  # the connection has no such property
+                properties[name] = request[0].get(name)
+        user = f" ({properties['User-Id']})" if properties.get("User-Id") else ""
+        notify(
+            f"request {self.served} from {properties.get('Peer-Address')}{user}: {describe(request)};"
+            f" reply: {describe(reply)}, {seconds * 1000:.2f} ms"
+        )
+
+    def stop_on_signals(self) -> None:
+        """Let a signal stop ``run()`` after the current request; a second one ends the process."""
+        for number in STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._stop)
+        # What a signal writes to it ends polling, also when it comes just before.
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing)
+        self._wakeup = [reading]
+
+    def _stop(self, _number: int, _frame: FrameType | None) -> None:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        self._stopping = True
