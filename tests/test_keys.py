@@ -8,7 +8,6 @@ import socket
 import stat
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -203,14 +202,14 @@ def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, kind: str, l
     (tmp_path / "directory").mkdir()
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
-    with pytest.raises(click.UsageError, match=f"{tmp_path}/{kind} is not a CURVE key file: it is no regular file"):
+    with pytest.raises(click.UsageError, match=f"{tmp_path}/{kind} is not a CURVE key file: not a regular file"):
         load(tmp_path / kind)
 
 
 def test_one_half_in_place_of_the_other_or_none_is_refused_by_name(keys: Keys, tmp_path: Path) -> None:
     with pytest.raises(click.UsageError, match=f"{keys.alice.secret} is a secret key; pass its public half"):
         load_public_key(keys.alice.secret)
-    with pytest.raises(click.UsageError, match=f"{keys.alice.public} is not a secret key"):
+    with pytest.raises(click.UsageError, match=f"{keys.alice.public} is a public key"):
         load_key_pair(keys.alice.public)
     with pytest.raises(click.UsageError, match=f"cannot read key file {tmp_path}/none: No such file"):
         load_public_key(tmp_path / "none")
@@ -461,6 +460,7 @@ def test_the_name_of_a_key_file_may_be_any_bytes(keys: Keys, clients: Path, guar
     shutil.copy(keys.alice.public, clients / os.fsdecode(b"\xe9.key"))
     server, endpoint = guarded("--verbose", "--count", "1")
     assert send("--connect", endpoint, *as_client(keys.alice, keys.server), "hello").stdout == b"hello\n"
+    server.wait_for_notice(r"request 1 from 127\.0\.0\.1 \(.*\.key\)")
     assert server.finish()[:2] == (0, b"hello\n")
 
 
@@ -483,7 +483,7 @@ def test_however_many_strangers_are_refused_clients_are_let_in_and_memory_and_no
     notices = stop(server)[2]
     assert sum(keys.stranger.key.public.decode() in notice for notice in notices) == 1
     assert 10 < len(notices) < 30
-    assert any("not telling of more" in notice for notice in notices)
+    assert any("further refusals" in notice for notice in notices)
 
 
 LET_ME_IN = b"let me in"
@@ -560,7 +560,7 @@ def test_a_malformed_zap_request_lets_nobody_in(keys: Keys, zap: Socket) -> None
         zap_request(known[:31]),
         zap_request(known + b"\0"),
         zap_request(b""),
-        zap_request(unknown),
+        zap_request(unknown, source=b"\xff"),
         zap_request(known, b"PLAIN"),
         [*zap_request(b"admin", b"PLAIN"), b"admin"],
         zap_request(b"", b"NULL"),
@@ -569,13 +569,6 @@ def test_a_malformed_zap_request_lets_nobody_in(keys: Keys, zap: Socket) -> None
         assert zap.recv_multipart()[2] == b"400"
     zap.send_multipart(zap_request(known))
     assert zap.recv_multipart() == [b"1.0", b"7", b"200", b"OK", b"alice.key", b""]
-
-
-def test_a_zap_request_with_a_malformed_address_harms_nobody_else(zap: Socket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(threading, "excepthook", lambda _exception: None)
-    zap.rcvtimeo = 1000
-    zap.send_multipart(zap_request(bytes(32), source=b"\xff"))
-    assert zap.recv_multipart()[2] == b"400"
 
 
 # Workers

@@ -60,7 +60,7 @@ def feed(peer: PeerState, *events: tuple[int, int], now: float = 0) -> PeerState
         ([CONNECTED, MALFORMED], State.GIVEN_UP, Trouble.NOT_ZEROMQ),
         ([CONNECTED, MISMATCH], State.GIVEN_UP, Trouble.NEEDS_CURVE),
         ([CONNECTED, AUTH], State.HOPELESS, Trouble.KEY_REFUSED),
-        ([CONNECTED, DISCONNECTED], State.HUNG_UP, Trouble.UNKNOWN),
+        ([CONNECTED, DISCONNECTED], State.HUNG_UP, Trouble.NOT_ZEROMQ),
         ([CONNECTED, DISCONNECTED, NO_ZMTP], State.GIVEN_UP, Trouble.NOT_ZEROMQ),
         ([CONNECTED, DISCONNECTED, ZMTP], State.HOPELESS, Trouble.WRONG_TYPE),
         ([CONNECTED, NO_ZMTP], State.GIVEN_UP, Trouble.NOT_ZEROMQ),

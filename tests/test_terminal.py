@@ -24,7 +24,7 @@ from conftest import LIMIT, LINUX, Process, Serve, Start, free_endpoint, memory,
 
 CTRL_C, CTRL_D, CTRL_Z = b"\x03", b"\x04", b"\x1a"
 HIDDEN_CURSOR = b"\x1b[?25l"
-HINT = b"zmqmsg: reading messages, one a line; Ctrl-D ends"
+HINT = b"zmqmsg: reading messages, one per line; press Ctrl-D to finish"
 
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")} | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",

@@ -37,8 +37,27 @@ class Size(click.ParamType[int]):
         match = re.fullmatch("([0-9]{1,10})([KMG]?)", value.upper())
         size = int(match[1]) << 10 * " KMG".index(match[2] or " ") if match else 0
         if not LEAST_SIZE <= size < 1 << 63:
-            self.fail(f"'{value}' is not a size of {LEAST_SIZE} or more, such as 65536, 64M or 1G", param, ctx)
+            self.fail(f"'{value}' is not a size such as 65536, 64M or 1G, and {LEAST_SIZE} at least", param, ctx)
         return size
+
+
+class FilePath(click.Path):
+    """A path. An empty one, as of a shell variable that is not set, must not turn an option off."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not value:
+            self.fail("the path is empty", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+class Seconds(click.FloatRange):
+    """A time above 0, and no NaN, which no range excludes."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        seconds: float = super().convert(value, param, ctx)
+        if seconds != seconds:
+            self.fail(f"'{value}' is not a number of seconds", param, ctx)
+        return seconds
 
 
 def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -77,17 +96,17 @@ def cli() -> None:
     """
 
 
-_KEY_FILE = click.Path(dir_okay=False)
+_KEY_FILE = FilePath(dir_okay=False)
 _INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
 
 # Options that both commands have
 _verbose = click.option("-v", "--verbose", is_flag=True, help="Report each message and connection on standard error.")
 _null = click.option("-0", "--null", is_flag=True, help="End messages with NUL instead of newline.")
 _quoted = click.option(
-    "-Q", "--quoted", is_flag=True, help="One line for each message: frames separated by TAB, special bytes escaped."
+    "-Q", "--quoted", is_flag=True, help="One line per message: frames separated by TAB, special bytes escaped."
 )
 _max_size = click.option("--max-size", type=Size(), default="64M", show_default=True, help="Refuse larger frames.")
-_key = click.option("--key", type=_KEY_FILE, help="This end's CURVE secret key file; created if missing.")
+_key = click.option("--key", type=_KEY_FILE, help="Your CURVE secret key file; created if missing.")
 
 
 @cli.command()
@@ -121,10 +140,12 @@ _key = click.option("--key", type=_KEY_FILE, help="This end's CURVE secret key f
 @_quoted
 @_max_size
 @_key
-@click.option("--client-keys", type=click.Path(), help="Public key file, or directory of them: only these clients.")
-@click.option("--server-key", type=_KEY_FILE, help="For --connect: the broker's CURVE public key file.")
+@click.option(
+    "--client-keys", type=FilePath(), help="Accept only clients whose public keys are in this file or directory."
+)
+@click.option("--server-key", type=_KEY_FILE, help="The broker's CURVE public key file (with --connect).")
 def serve(**options: Any) -> None:
-    """Bind a REP socket and answer requests.
+    """Answer requests on a REP socket.
 
     By default the reply is the request itself. Requests are printed on standard
     output, each after its reply.
@@ -137,7 +158,7 @@ def serve(**options: Any) -> None:
       zmqmsg serve --bind 'tcp://*:5555' --bind ipc:///tmp/echo.sock
       zmqmsg serve --connect tcp://127.0.0.1:5556
 
-    Ctrl-C or SIGTERM stops it after the current request; a second one ends it at
+    Ctrl-C or SIGTERM stops it after the current request; a second signal ends it at
     once.
 
     \b
@@ -162,7 +183,7 @@ def serve(**options: Any) -> None:
 @click.option(
     "-t",
     "--timeout",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Seconds(min=0, min_open=True),
     metavar="SECONDS",
     help="Seconds to wait in each attempt.  [default: no limit]",
 )
@@ -176,7 +197,7 @@ def serve(**options: Any) -> None:
     help="Send again up to N times after a timeout or a broken connection.",
 )
 @click.option(
-    "-f", "--file", type=_INPUT_FILE, multiple=True, help="Send a whole file, - is standard input; repeatable."
+    "-f", "--file", type=_INPUT_FILE, multiple=True, help="Send a whole file (- for standard input); repeatable."
 )
 @click.option("-m", "--multipart", is_flag=True, help="Send all messages as the frames of one request.")
 @_verbose
@@ -189,8 +210,8 @@ def serve(**options: Any) -> None:
 def send(**options: Any) -> None:
     """Send each MESSAGE as a request, and print each reply.
 
-    With neither MESSAGE nor --file, each line of standard input is a message. A
-    MESSAGE that begins with - goes after --.
+    With neither MESSAGE nor --file, each line of standard input is a message. Put
+    -- before a MESSAGE that begins with -.
 
     \b
     Examples:
@@ -206,7 +227,8 @@ def send(**options: Any) -> None:
     \b
     Exit status:
       0  all replies came
-      1  something failed; the current message was certainly not served
+      1  something failed; the current message was certainly not served,
+         unless it was its reply that could not be written
       2  wrong usage
       3  no reply, but the current message may have been served
     """

@@ -1,4 +1,4 @@
-"""Bytes in and out: messages in, messages to standard output, notices to standard error. Knows no ZeroMQ.
+"""Bytes in and out: messages in, messages to standard output, notices to standard error. Does not import zmq.
 
 The quoted form of a message is one line: its frames, separated by TAB, with special bytes escaped.
 """
@@ -23,7 +23,7 @@ LONG_INPUT = 65536
 """Bytes of redirected standard input from which on there is a progress bar."""
 
 QUOTED_LIMIT = 40
-"""Bytes of a message that a notice quotes."""
+"""Characters of a message that a notice quotes, each of four bytes at most."""
 
 HIDE_CURSOR = "\033[?25l"
 
@@ -43,7 +43,7 @@ _UNESCAPED = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 
 class Failure(click.ClickException):
-    """Something failed for good. The message tells the user what, and what to do."""
+    """Ends the command with status 1. The message tells the user what failed, and what to do."""
 
 
 class Form(NamedTuple):
@@ -56,7 +56,7 @@ class Form(NamedTuple):
     def choose(cls, *, null: bool, quoted: bool) -> "Form":
         """Return the form that the options ask for; raise UsageError if they contradict each other."""
         if null and quoted:
-            raise click.UsageError("--null and --quoted exclude each other.")
+            raise click.UsageError("--null and --quoted cannot be used together")
         return cls(b"\0" if null else b"\n", quoted)
 
 
@@ -84,7 +84,7 @@ def _unescape(match: re.Match[bytes]) -> bytes:
     if escape[:1] == b"x" and len(escape) == 3:
         return bytes.fromhex(escape[1:].decode())
     if escape not in _UNESCAPED:
-        raise ValueError(rf"'{match[0].decode(errors='surrogateescape')}' is none of \\ \t \n \r \xHH")
+        raise ValueError(rf"'{match[0].decode(errors='surrogateescape')}' is not an escape; use \\ \t \n \r or \xHH")
     return _UNESCAPED[escape]
 
 
@@ -135,7 +135,9 @@ def notify(text: str, colour: str = "cyan") -> None:
         import textwrap  # 1 ms, for terminals alone
 
         width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        line = textwrap.fill(line, width - 1, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+        line = textwrap.fill(
+            line, max(width - 1, 20), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+        )
         if not os.environ.get("NO_COLOR"):
             line = line.replace("zmqmsg:", click.style("zmqmsg:", fg=colour), 1)
     _standard_error.write_line(line)
@@ -159,8 +161,8 @@ def describe(frames: Sequence[Any]) -> str:
 
 def abridge(frames: Sequence[bytes]) -> str:
     """Return the start of a message between quotation marks, for a notice."""
-    text = frames[0][:QUOTED_LIMIT].decode(errors="surrogateescape")
-    return f"'{text}'" if len(frames[0]) <= QUOTED_LIMIT else f"'{text}'..."
+    text = frames[0][: 4 * QUOTED_LIMIT + 1].decode(errors="surrogateescape")
+    return f"'{text}'" if len(text) <= QUOTED_LIMIT else f"'{text[:QUOTED_LIMIT]}'..."
 
 
 # Standard output
@@ -189,9 +191,9 @@ class Output:
                 self._write(self._form.end)
             else:
                 self._write(self._form.end.join([*frames, b""]))
-        except BrokenPipeError:
-            raise
         except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise
             raise Failure(f"cannot write to standard output: {error.strerror}") from error
 
     def _write(self, data: Any) -> None:
@@ -221,7 +223,7 @@ def read_messages(
         yield [b"".join(_read_standard_input(while_waiting)) if file == "-" else _read_file(file)]
     if not arguments and not files:
         if _is_terminal(sys.stdin):
-            notify("reading messages, one a line; Ctrl-D ends")
+            notify("reading messages, one per line; press Ctrl-D to finish")
         lines = _split(_read_standard_input(while_waiting), form.end)
         for number, line in enumerate(_show_progress(lines), 1):
             yield _unquote_line(line, number) if form.quoted else [line]
@@ -296,7 +298,7 @@ def _redirected_bytes() -> int:
 def _raw(stream: IO[str] | None) -> Any:
     """Return the unbuffered stream below ``stream``; None if it was closed when the process started.
 
-    Then libzmq may use its descriptor for something else: a standard stream is never to be had by its number.
+    Descriptors 0 to 2 are not used directly: libzmq may have reused one that was closed.
     """
     buffer = getattr(stream, "buffer", None)
     return getattr(buffer, "raw", buffer)

@@ -20,7 +20,7 @@ from zmqmsg.console import notify
 from zmqmsg.sockets import Context, Socket
 
 OTHERS = 0o077
-"""What the mode of a secret key file must not allow: anything to group or others."""
+"""Mode bits that a secret key file must not have."""
 
 KEY_FILE_LIMIT = 65536
 """Bytes that a key file may have."""
@@ -78,7 +78,7 @@ def server_security(
     if key and connects and not server_key:
         raise click.UsageError("--key with --connect needs --server-key: the public key file of the broker")
     if server_key and binds and not key:
-        raise click.UsageError("--server-key with --bind needs --key, or what is bound would not be encrypted")
+        raise click.UsageError("--server-key with --bind needs --key, otherwise the bound endpoint is not encrypted")
     own = load_key_pair(Path(key)) if key and binds else None
     clients = ClientKeys(Path(client_keys)) if client_keys else None
 
@@ -100,12 +100,12 @@ def server_security(
 
 def load_key_pair(path: Path) -> KeyPair:
     """Load the secret key file at ``path``, created if it is missing; raise UsageError if it cannot be used."""
-    if not path.exists():
+    if not os.path.exists(path):
         _create(path)
         notify(f"created {path}; give its public half, {public_path(path)}, to your peers")
     public, secret = _load(path)
     if not secret:
-        raise click.UsageError(f"{path} is not a secret key; pass the one that is")
+        raise click.UsageError(f"{path} is a public key; pass the secret key file")
     if path.stat().st_mode & OTHERS:
         raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {quote(str(path))}")
     return KeyPair(public, secret)
@@ -128,7 +128,7 @@ def _load(path: Path) -> tuple[bytes, bytes | None]:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_FILE_LIMIT:
-            raise click.UsageError(f"{path} is not a CURVE key file: it is no regular file, or too large")
+            raise click.UsageError(f"{path} is not a CURVE key file: not a regular file, or too large")
         public, secret = load_certificate(path)
         for half in (public, secret or public):
             if len(z85.decode(half)) != 32:
@@ -176,7 +176,7 @@ class ClientKeys:
 
     def __init__(self, path: Path) -> None:
         """Read the keys at ``path``; raise UsageError if there is nothing."""
-        if not path.exists():
+        if not os.path.exists(path):
             raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
         self._path = path
         self._seen: dict[str, tuple[int, ...]] = {}
@@ -194,33 +194,32 @@ class ClientKeys:
     def _refresh(self) -> None:
         seen = self._scan()
         if seen != self._seen:
-            changed = {name for name, signature in seen.items() if self._seen.get(name) != signature}
-            directory = self._path if self._path.is_dir() else self._path.parent
-            self._keys = {
-                name: _read_client_key(directory / name) if name in changed else self._keys[name] for name in seen
-            }
-            self._names = {key: name for name, key in self._keys.items() if key}
+            changed = {path for path, signature in seen.items() if self._seen.get(path) != signature}
+            self._keys = {path: _read_client_key(path) if path in changed else self._keys[path] for path in seen}
+            self._names = {key: os.path.basename(path) for path, key in self._keys.items() if key}
             self._seen = seen
 
     def _scan(self) -> dict[str, tuple[int, ...]]:
-        """Return for each file what changes whenever its contents do."""
+        """Return the path of each file, with a signature that changes whenever its contents do."""
         seen: dict[str, tuple[int, ...]] = {}
         try:
-            files = os.scandir(self._path) if self._path.is_dir() else [self._path]
+            paths = [entry.path for entry in os.scandir(self._path)]
+        except NotADirectoryError:
+            paths = [str(self._path)]
         except OSError:  # a path that is gone lets nobody in
             return {}
-        for file in files:
+        for path in paths:
             try:
-                status = file.stat()
+                status = os.stat(path)
             except OSError:  # it has just been removed
                 continue
-            seen[file.name] = (status.st_ino, status.st_size, status.st_ctime_ns)
+            seen[path] = (status.st_ino, status.st_size, status.st_ctime_ns)
         return seen
 
 
-def _read_client_key(path: Path) -> bytes | None:
+def _read_client_key(path: str) -> bytes | None:
     try:
-        return load_public_key(path)
+        return load_public_key(Path(path))
     except click.UsageError as error:
         notify(f"{error.message}; it lets nobody in", "yellow")
         return None
@@ -241,7 +240,7 @@ class _Refusals:
         where = address.decode(errors="backslashreplace")
         notify(f"refused a client from {where}: its public key {public.decode()} is not known", "yellow")
         if len(self._told) == REFUSAL_LIMIT:
-            notify("not telling of more refused clients for a while", "yellow")
+            notify("further refusals are not shown for a while", "yellow")
 
 
 def start_zap_handler(context: Context, clients: ClientKeys) -> None:

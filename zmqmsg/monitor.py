@@ -13,12 +13,12 @@ from contextlib import ExitStack
 from enum import Enum, IntEnum, auto
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, cast
 
 import zmq
 
 from zmqmsg.console import Failure, notify
-from zmqmsg.sockets import HANDSHAKE_LIMIT, Context, Socket, connect, ipc_path
+from zmqmsg.sockets import Context, Socket, connect, ipc_path, new_socket
 
 NOTICE_DELAY = 1.0
 """Seconds of waiting before the user is told of it."""
@@ -33,8 +33,8 @@ PROBE_LIMIT = 1.0
 """Seconds that a peer has to send its greeting to a probe."""
 
 UPDATE_INTERVAL = 0.001
-"""Seconds in which monitors are asked once at most: to ask before each request takes 10 % of a stream's time. Within
-them libzmq cannot be back on a new connection (RECONNECT_IVL is 0.1 s), so an old loss does not pass for a new one."""
+"""Seconds at least between two looks at the monitors: to look before each request takes 10 % of a stream's time. In
+that time libzmq cannot connect again (RECONNECT_IVL is 0.1 s), so an old loss does not pass for a new one."""
 
 SIGNATURE = b"\xff" + bytes(7) + b"\x01\x7f"
 """How a peer of ZMTP 2 or later begins its greeting."""
@@ -58,13 +58,12 @@ class State(Enum):
     GIVEN_UP = auto()
     """The connection ended, and libzmq may not connect again."""
     HOPELESS = auto()
-    """Whoever is there will not talk to us."""
+    """The peer rejects us for good."""
 
 
 class Verdict(IntEnum):
     """What a Probe has found: events beside those of libzmq, which are above 0."""
 
-    OPEN = 0
     ZMTP = -1
     NO_ZMTP = -2
 
@@ -83,24 +82,27 @@ class Trouble(Enum):
     WRONG_TYPE = "{it} is neither a {wanted} socket"
 
 
-# What an event means depends on the state; all that is not here changes nothing. A handshake goes wrong in four ways.
-# Mostly libzmq says so (FAILED_NO_DETAIL) and tries again. After FAILED_PROTOCOL and FAILED_AUTH it does not. Nor does
-# it after a bare DISCONNECTED, for which the peer's socket type is wrong, or what it said was no ZMTP at all; but if
-# CONNECT_RETRIED follows at once, it was an ordinary break. And a peer of ZMTP 1 or 2 has no handshake whose end libzmq
-# could tell, and looks like a banner of text, which libzmq takes for ZMTP 1. Where events leave a doubt, a Probe looks
-# at how the peer begins. Whatever ends a connection that was ready is a loss.
+# What an event means depends on the state; an event that is not here changes nothing. The doubtful cases are those in
+# which libzmq says too little, and a Probe looks at how the peer begins to speak.
 _TRANSITIONS: dict[tuple[State, int], State] = {
     (State.CONNECTING, zmq.EVENT_CONNECTED): State.HANDSHAKING,
     (State.HANDSHAKING, zmq.EVENT_HANDSHAKE_SUCCEEDED): State.READY,
+    # The handshake failed, and libzmq connects again by itself.
     (State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL): State.CONNECTING,
+    # It failed, and libzmq does not connect again.
     (State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): State.GIVEN_UP,
     (State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_AUTH): State.HOPELESS,
+    # It was broken off. If libzmq connects again, that was an ordinary break. If not, either the peer speaks ZMTP and
+    # its socket is of the wrong type (hopeless, unless a good one was there before), or it speaks something else.
     (State.HANDSHAKING, zmq.EVENT_DISCONNECTED): State.HUNG_UP,
-    (State.HANDSHAKING, Verdict.ZMTP): State.READY,
-    (State.HANDSHAKING, Verdict.NO_ZMTP): State.GIVEN_UP,
     (State.HUNG_UP, zmq.EVENT_CONNECT_RETRIED): State.CONNECTING,
     (State.HUNG_UP, Verdict.ZMTP): State.HOPELESS,
     (State.HUNG_UP, Verdict.NO_ZMTP): State.GIVEN_UP,
+    # It is overdue, and the connection is up. ZMTP 1 and 2 have no handshake whose end libzmq tells, and libzmq takes a
+    # banner of text for ZMTP 1.
+    (State.HANDSHAKING, Verdict.ZMTP): State.READY,
+    (State.HANDSHAKING, Verdict.NO_ZMTP): State.GIVEN_UP,
+    # Whatever ends a connection that was ready is a loss. Mostly libzmq connects again by itself.
     (State.READY, zmq.EVENT_DISCONNECTED): State.GIVEN_UP,
     (State.READY, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL): State.GIVEN_UP,
     (State.GIVEN_UP, zmq.EVENT_CONNECT_RETRIED): State.CONNECTING,
@@ -108,7 +110,7 @@ _TRANSITIONS: dict[tuple[State, int], State] = {
 
 
 class PeerState:
-    """The state of the peer at one endpoint, as a pure machine: events and the time in, conclusions out.
+    """The state of the peer at one endpoint, as a pure state machine: events and the time in, conclusions out.
 
     ``ready``: requests can be sent. ``losses`` counts the connections that ended though they were ready. ``known``: one
     was ready at some time.
@@ -137,7 +139,7 @@ class PeerState:
 
     @property
     def due(self) -> float:
-        """When silence will mean something: that a probe or a new socket is wanted."""
+        """When to probe the peer, or to replace the socket."""
         return self._since + self._limits.get(self.state, float("inf"))
 
     def wants_probe(self, now: float) -> bool:
@@ -159,7 +161,7 @@ class PeerState:
     def handle_event(self, event: int, value: int, now: float) -> None:
         """Go on to the state that ``event`` leads to, and learn from it what the trouble is."""
         state = _TRANSITIONS.get((self.state, event), self.state)
-        if event == Verdict.ZMTP and state is State.HOPELESS and self.known:
+        if self.state is State.HUNG_UP and state is State.HOPELESS and self.known:
             state = State.GIVEN_UP  # a good peer was here before, and may come back
         if self.ready and state is not State.READY:
             self.losses += 1
@@ -212,13 +214,13 @@ class Probe:
     def __init__(self, context: Context, endpoint: str, now: float) -> None:
         """Connect to ``endpoint``, which has ``PROBE_LIMIT`` from ``now`` on to begin."""
         self._end = now + PROBE_LIMIT
-        self.socket = context.socket(zmq.STREAM)
+        self.socket = new_socket(context, zmq.STREAM)
         self.socket.linger = 0
         self.socket.ipv6 = "[" in endpoint
         self.socket.connect(endpoint)
 
-    def verdict(self, now: float) -> Verdict:
-        """Return how the peer begins, as far as it is known."""
+    def verdict(self, now: float) -> Verdict | None:
+        """Return how the peer begins to speak; None if that is not known yet."""
         try:
             while True:
                 identity, data = self.socket.recv_multipart(zmq.NOBLOCK)
@@ -226,7 +228,7 @@ class Probe:
                     return Verdict.ZMTP if _is_zmtp(data) else Verdict.NO_ZMTP
                 self.socket.send_multipart([identity, SIGNATURE], zmq.NOBLOCK)
         except zmq.ZMQError:  # nothing to read, or the connection has ended
-            return Verdict.NO_ZMTP if now >= self._end else Verdict.OPEN
+            return Verdict.NO_ZMTP if now >= self._end else None
 
 
 def _is_zmtp(greeting: bytes) -> bool:
@@ -244,38 +246,30 @@ class Connection:
     """
 
     def __init__(
-        self,
-        endpoint: str,
-        open_socket: Callable[[], Socket],
-        *,
-        handshake_limit: float = HANDSHAKE_LIMIT,
-        curve: bool = False,
-        announce: bool = False,
-        verbose: bool = False,
+        self, endpoint: str, open_socket: Callable[[], Socket], *, announce: bool = False, verbose: bool = False
     ) -> None:
         """Connect what ``open_socket`` opens to ``endpoint``.
 
-        ``handshake_limit`` (seconds) and ``curve`` are what ``open_socket`` sets. ``announce``: say when the peer is
-        there for the first time. ``verbose``: also each time that it comes and goes.
+        ``announce``: say when the peer is there for the first time. ``verbose``: also each time that it comes and goes.
         """
         now = time.monotonic()
         self.endpoint = endpoint
         self.last_used = 0.0
         self._open_socket = open_socket
-        self._handshake_limit = handshake_limit
         self._verbose = verbose
         self._probe: Probe | None = None
         self._old_protocol_told = False
         self._waiting_since = now
         self._last_notice = ""
         self._owes_connected = announce or verbose
-        self.peer = PeerState(now, handshake_limit, curve=curve)
         self._open()
+        self.peer = PeerState(now, self._handshake_limit(), curve=self.socket.mechanism == zmq.CURVE)
+        self._assume_inproc_is_ready(now)
 
     def _open(self) -> None:
         with ExitStack() as failing:  # a socket that is left open would keep its context from ending
             self.socket = failing.enter_context(self._open_socket())
-            self.monitor = failing.enter_context(self.socket.context.socket(zmq.PAIR))
+            self.monitor = failing.enter_context(new_socket(self.socket.context, zmq.PAIR))
             self.monitor.linger = 0
             # At the high-water mark of a monitor that nobody reads, libzmq's I/O thread would stop (libzmq 3745).
             self.monitor.rcvhwm = 0
@@ -284,14 +278,20 @@ class Connection:
             self.monitor.connect(name)
             connect(self.socket, self.endpoint)
             failing.pop_all()
+
+    def _handshake_limit(self) -> float:
+        return cast(int, self.socket.handshake_ivl) / 1000
+
+    def _assume_inproc_is_ready(self, now: float) -> None:
         if self.endpoint.startswith("inproc://"):  # which raises no events
-            self.peer.handle_event(zmq.EVENT_CONNECTED, 0, self._waiting_since)
-            self.peer.handle_event(zmq.EVENT_HANDSHAKE_SUCCEEDED, 0, self._waiting_since)
+            self.peer.handle_event(zmq.EVENT_CONNECTED, 0, now)
+            self.peer.handle_event(zmq.EVENT_HANDSHAKE_SUCCEEDED, 0, now)
 
     def close(self) -> None:
         """Close the socket. What lies in it unsent is taken back, or keeps its linger if a peer is there for it."""
         self._end_probe()
-        self._read_events(time.monotonic())
+        while self._has_events():
+            self._read_events(time.monotonic())
         # First, or libzmq's I/O thread waits for ever to send an event of the closing to a monitor that is gone.
         self.socket.disable_monitor()
         self.socket.close(None if self.peer.ready else 0)
@@ -305,8 +305,9 @@ class Connection:
         if self.peer.ready:
             self._waiting_since = now
         self.close()
-        self.peer.restart(now)
         self._open()
+        self.peer.restart(now)
+        self._assume_inproc_is_ready(now)
 
     @property
     def sources(self) -> list[Socket]:
@@ -325,7 +326,7 @@ class Connection:
         now = time.monotonic()
         losses = self.peer.losses
         self._read_events(now)
-        self._look_closer(now)
+        self._probe_if_in_doubt(now)
         if self.peer.losses > losses:
             self._waiting_since = now
             if self._verbose:
@@ -337,29 +338,34 @@ class Connection:
         if self.peer.wants_new_socket(now):
             self.reopen()
 
+    def _has_events(self) -> bool:
+        return bool(cast(int, self.monitor.get(zmq.EVENTS)) & POLLIN)
+
     def _read_events(self, now: float) -> None:
         losses = self.peer.losses
         # A loss is for the caller to see before what came after it.
-        while self.peer.losses == losses and self.monitor.get(zmq.EVENTS) & POLLIN:
+        while self.peer.losses == losses and self._has_events():
             event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
             self.peer.handle_event(event, value, now)
 
-    def _look_closer(self, now: float) -> None:
+    def _probe_if_in_doubt(self, now: float) -> None:
         if not self.peer.wants_probe(now):
             self._end_probe()
             return
         if self.endpoint.startswith("ipc://"):
-            verdict = Verdict.ZMTP  # a probe would need TCP; who listens on an ipc path is hardly anything else
+            verdict: Verdict | None = (
+                Verdict.ZMTP
+            )  # a probe would need TCP; who listens on an ipc path is hardly anything else
         else:
             self._probe = self._probe or Probe(self.socket.context, self.endpoint, now)
             verdict = self._probe.verdict(now)
-        if verdict:
+        if verdict is not None:
             self._end_probe()
             self.peer.handle_event(verdict, 0, now)
             if self.peer.ready and not self._old_protocol_told:
                 self._old_protocol_told = True
-                price = f"each connection to it takes {self._handshake_limit:g} s"
-                notify(f"{self.endpoint} speaks an old protocol (ZMTP 1 or 2); {price}")
+                text = f"uses an old protocol (ZMTP 1 or 2), so connecting takes {self._handshake_limit():g} s"
+                notify(f"{self.endpoint} {text}")
 
     def _end_probe(self) -> None:
         if self._probe:
@@ -413,8 +419,12 @@ class Connections:
         self._needed = needed
         self._updated = 0.0
         self._connections: list[Connection] = []
-        for thread, endpoint in enumerate(endpoints, 1):
-            self._connections.append(Connection(endpoint, partial(open_socket, thread=thread), **options))
+        try:
+            for thread, endpoint in enumerate(endpoints, 1):
+                self._connections.append(Connection(endpoint, partial(open_socket, thread=thread), **options))
+        except Failure:
+            self.close()
+            raise
 
     def __iter__(self) -> Iterator[Connection]:
         """Return an iterator over those that are not hopeless."""

@@ -1,5 +1,6 @@
 """``zmqmsg serve``: answers requests on a bound REP socket, and on connected ones as a worker of brokers."""
 
+import math
 import os
 import signal
 import subprocess
@@ -20,12 +21,13 @@ from zmqmsg.monitor import NOTICE_DELAY, Connections
 from zmqmsg.sockets import IO_THREADS, Context, Socket, bound, is_local, open_socket, receive, send
 
 RAPID = 20
-"""Milliseconds within which the next request is waited for in recv: that takes one system call, and polling six."""
+"""Milliseconds to wait for the next request in recv, which takes one system call, before polling, which takes six."""
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Frames = Sequence[Any]  # of bytes, or of Frames, which have them in a buffer
 Answer = Callable[[Frames], Frames]
+Secure = Callable[[Socket], None]
 
 
 def run(
@@ -51,26 +53,15 @@ def run(
     form = Form.choose(null=null, quoted=quoted)
     answer = choose_answer(reply, command, quoted=quoted)
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
-    secure_bound = secure_connected = None
-    if key or client_keys or server_key:
-        from zmqmsg.curve import server_security  # 10 ms, for CURVE alone
-
-        secure_bound, secure_connected = server_security(
-            key, client_keys, server_key, binds=bool(bind), connects=bool(connect)
-        )
+    secure_bound, secure_connected = _load_security(key, client_keys, server_key, bool(bind), bool(connect))
     context: Context = zmq.Context(min(1 + len(connect), IO_THREADS))
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
     with ExitStack() as stack:
         stack.callback(_flush, context)
         listener = stack.enter_context(open_rep(secure=secure_bound))
-        connections = Connections(
-            connect,
-            partial(open_rep, secure=secure_connected),
-            needed=not bind,
-            curve=bool(secure_connected),
-            announce=True,
-            verbose=verbose,
-        )
+        listener.rcvtimeo = 0 if connect else RAPID
+        open_worker = partial(open_rep, secure=secure_connected)
+        connections = Connections(connect, open_worker, needed=not bind, announce=True, verbose=verbose)
         stack.enter_context(closing(connections))
         server = Server(
             [listener] if bind else [],
@@ -79,12 +70,23 @@ def run(
             output=None if quiet else Output(form),
             count=count,
             verbose=verbose,
+            names_clients=bool(client_keys),
         )
         server.stop_on_signals()
         for endpoint in bind:
-            _announce(stack.enter_context(bound(listener, endpoint)), open_to_all=not (key and client_keys))
+            _announce(stack.enter_context(bound(listener, endpoint)), open_to_all=not client_keys)
         server.run()
         notify(f"{server.served} request{'s' * (server.served != 1)} served")
+
+
+def _load_security(
+    key: str | None, client_keys: str | None, server_key: str | None, binds: bool, connects: bool
+) -> tuple[Secure | None, Secure | None]:
+    if not (key or client_keys or server_key):
+        return None, None
+    from zmqmsg.curve import server_security  # 10 ms, for CURVE alone
+
+    return server_security(key, client_keys, server_key, binds=binds, connects=connects)
 
 
 def _announce(endpoint: str, *, open_to_all: bool) -> None:
@@ -100,7 +102,7 @@ def _announce(endpoint: str, *, open_to_all: bool) -> None:
 def _flush(context: Context) -> None:
     """End ``context`` when the last replies are on their way, however long that takes.
 
-    A peer that does not read is cut off by TCP_MAXRT. In a thread, since a signal ends pyzmq's ``term()`` early.
+    TCP_MAXRT cuts off a peer that does not read. In a thread, since a signal ends pyzmq's ``term()`` early.
     """
     thread = Thread(target=context.term, daemon=True)
     thread.start()
@@ -124,10 +126,10 @@ class CommandStopped(Exception):
 def choose_answer(reply: str | None, command: str | None, *, quoted: bool) -> Answer:
     """Return the function that makes the reply to a request; raise UsageError if the options contradict each other."""
     if reply is not None and command is not None:
-        raise click.UsageError("--reply and --exec exclude each other.")
+        raise click.UsageError("--reply and --exec cannot be used together")
     if command is not None:
         if not command.strip():
-            raise click.UsageError("--exec needs a command, for example --exec cat.")
+            raise click.UsageError("--exec needs a command, for example --exec cat")
         return Command(command, quoted=quoted)
     if reply is not None:
         frames = [os.fsencode(reply)]
@@ -157,7 +159,7 @@ class Command:
         reply = self._from_output(printed)
         status = process.returncode
         if status:
-            how = f"exited with status {status}" if status > 0 else f"was killed by {signal.Signals(-status).name}"
+            how = f"exited with status {status}" if status > 0 else f"was killed by signal {-status}"
             notify(f"the command {how}", "yellow")
         # The shell reports a signal that ended its child as 128 and its number.
         if status in {way for number in STOP_SIGNALS for way in (-number, 128 + number)}:
@@ -170,7 +172,7 @@ class Command:
             return quote(frames) + b"\n"
         if len(frames) > 1 and not self._boundaries_told:
             self._boundaries_told = True
-            notify("the command reads several frames as one; --quoted keeps them apart", "yellow")
+            notify("frames are joined for the command; use --quoted to keep them apart", "yellow")
         return b"".join(frames)
 
     def _from_output(self, printed: bytes) -> Frames:
@@ -201,10 +203,12 @@ class Server:
         output: Output | None = None,
         count: int | None = None,
         verbose: bool = False,
+        names_clients: bool = False,
     ) -> None:
         """Answer what comes to REP sockets: ``bound_sockets``, and those of ``connections``.
 
-        ``output`` gets each request after its reply is sent. ``count`` requests stop the loop.
+        ``output`` gets each request after its reply is sent. ``count`` requests stop the loop. ``verbose``: notify the
+        user of each; ``names_clients``: with the user id that our ZAP handler has given to the client.
         """
         self.served = 0
         self._bound = bound_sockets
@@ -213,10 +217,9 @@ class Server:
         self._output = output
         self._count = count
         self._verbose = verbose
+        self._names_clients = names_clients
         self._stopping = False
         self._wakeup: list[int] = []
-        if bound_sockets and not connections:
-            bound_sockets[0].rcvtimeo = RAPID
 
     def run(self) -> None:
         """Answer requests until ``count`` is reached or a signal asks to stop.
@@ -224,8 +227,9 @@ class Server:
         Raises Hopeless if no connection is left to serve, BrokenPipeError or Failure if a request cannot be printed.
         """
         sockets = self._bound
+        is_worker = bool(self._connections)
         while not self._stopping:
-            if self._connections:
+            if is_worker:
                 self._connections.update()
                 sockets = [*self._bound, *(connection.socket for connection in self._connections)]
             idle = True
@@ -240,7 +244,7 @@ class Server:
         """Wait until ``sockets``, connections or a signal may have something to say, a second at most."""
         sources = [source for connection in self._connections for source in connection.sources]
         items: list[Any] = [*sockets, *sources, *self._wakeup]
-        zmq.zmq_poll([(item, zmq.POLLIN) for item in items], int(self._connections.pause() * 1000))
+        zmq.zmq_poll([(item, zmq.POLLIN) for item in items], math.ceil(self._connections.pause() * 1000))
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
         started = time.monotonic() if self._verbose else 0
@@ -248,8 +252,8 @@ class Server:
             reply = self._answer(request)
         except CommandStopped as stopped:
             if self._stopping:
-                # Half a reply must not pass for a whole one; the sender sees its connection break, and asks elsewhere.
-                notify("the last request stays unanswered, since its command was stopped as well", "yellow")
+                # Half a reply must not pass for a whole one. A client of ours sees its connection break.
+                notify("the last request was not answered: its command was stopped, too", "yellow")
                 return
             reply = stopped.reply
         send(socket, reply)
@@ -262,14 +266,14 @@ class Server:
             self._output.write(request)
 
     def _report(self, request: list[zmq.Frame], reply: Frames, seconds: float) -> None:
-        properties = {}
-        for name in ("Peer-Address", "User-Id"):
-            with suppress(zmq.ZMQError):  # the connection has no such property
-                properties[name] = request[0].get(name)
-        user = f" ({properties['User-Id']})" if properties.get("User-Id") else ""
+        peer = "this process"
+        with suppress(zmq.ZMQError):  # inproc has no addresses, and a broker has no user id
+            peer = str(request[0].get("Peer-Address"))
+            # Without our ZAP handler a client could choose its user id: libzmq believes what its handshake says.
+            if self._names_clients:
+                peer = f"{peer} ({request[0].get('User-Id')})"
         notify(
-            f"request {self.served} from {properties.get('Peer-Address')}{user}: {describe(request)};"
-            f" reply: {describe(reply)}, {seconds * 1000:.2f} ms"
+            f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}, {seconds * 1000:.2f} ms"
         )
 
     def stop_on_signals(self) -> None:
@@ -285,5 +289,6 @@ class Server:
 
     def _stop(self, _number: int, _frame: FrameType | None) -> None:
         for number in STOP_SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) == self._stop:
+                signal.signal(number, signal.SIG_DFL)
         self._stopping = True

@@ -22,10 +22,10 @@ HANDSHAKE_LIMIT = 5.0
 IO_THREADS = 62
 """I/O threads at most in a context: libzmq chooses among them by a signed mask of 64 bits."""
 
-_TCP = re.compile(r"tcp://([\w.%-]+;)?(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
+_TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
 _REASONS = {
-    errno.EADDRINUSE: "address in use; stop its server, or choose another",
+    errno.EADDRINUSE: "address in use; stop the server there, or choose another address",
     errno.EADDRNOTAVAIL: "this machine has no such address",
     errno.ENODEV: "this machine has no such address or interface",
     errno.ENOENT: "there is no such directory",
@@ -42,7 +42,7 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
     if not endpoint.isprintable():
         problem = "has characters that cannot be printed"
     elif endpoint.startswith("inproc://"):
-        problem = "only reaches sockets of its own process"
+        problem = "only works within one process"
     elif endpoint.startswith("ipc://"):
         example = "ipc:///tmp/zmqmsg.sock"
         path = endpoint.encode().removeprefix(b"ipc://")
@@ -51,7 +51,7 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
     elif not (match := _TCP.fullmatch(endpoint)):
         problem = "is neither tcp://HOST:PORT (IPv6 in brackets) nor ipc://PATH"
     elif not bind and ("*" in match.groups() or not int(match["port"])):
-        problem = "has a wildcard, which can only be bound"
+        problem = "has a wildcard, which only --bind accepts"
     elif match["port"] != "*" and int(match["port"]) > 65535:
         problem = "has a port above 65535"
     if problem:
@@ -70,6 +70,14 @@ def ipc_path(endpoint: str) -> str:
     return endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
 
 
+def new_socket(context: Context, socket_type: int) -> Socket:
+    """Return a socket with the options that it has by itself; raise Failure if there are too many."""
+    try:
+        return context.socket(socket_type)
+    except zmq.ZMQError as error:
+        raise Failure(f"cannot open a socket: {error.strerror}") from error
+
+
 def open_socket(
     context: Context,
     socket_type: int,
@@ -86,7 +94,7 @@ def open_socket(
     keeps what is not sent yet (-1: no limit). ``thread``: the number of the I/O thread that serves the socket.
     ``handshake_limit``: seconds. ``secure``: sets the CURVE options.
     """
-    socket = context.socket(socket_type)
+    socket = new_socket(context, socket_type)
     socket.rcvtimeo = 0
     socket.linger = linger
     socket.affinity = 1 << thread % IO_THREADS
