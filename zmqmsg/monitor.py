@@ -239,6 +239,60 @@ def _is_zmtp(greeting: bytes) -> bool:
     return greeting[0] == 0xFF or greeting[1:2] == b"\0"
 
 
+class Hopeless(Failure):
+    """Waiting for a peer is of no use."""
+
+
+class Notices:
+    """What the user is told of one connection: a wait of more than a second with its reason, and its end."""
+
+    def __init__(self, endpoint: str, wanted: str, now: float, *, announce: bool, verbose: bool) -> None:
+        """Begin to wait at ``now``, for a peer of the ``wanted`` types; see Connection for the other parameters."""
+        self._endpoint = endpoint
+        self._wanted = wanted
+        self._verbose = verbose
+        self._waiting_since = now
+        self._last_notice = ""
+        self._announce_connected = announce or verbose
+
+    def begin_wait(self, now: float) -> None:
+        """Begin to wait again, for a peer that was ready until ``now``."""
+        self._waiting_since = now
+
+    def add_detail(self, text: str) -> None:
+        """Tell of what happens to the connection, if the user wants to know that much."""
+        if self._verbose:
+            notify(text)
+            self._announce_connected = True
+
+    def update(self, peer: PeerState, now: float) -> None:
+        """Tell of a wait that has lasted a second, or of its end."""
+        if peer.ready:
+            if self._announce_connected:
+                notify(f"connected to {self._endpoint}")
+            self._announce_connected = False
+            self._last_notice = ""
+        elif now - self._waiting_since >= NOTICE_DELAY:
+            notice = self.explain(peer.trouble(now), alone=True)
+            if notice != self._last_notice:
+                notify(notice)
+            self._announce_connected = True
+            self._last_notice = notice
+
+    def explain(self, trouble: Trouble, *, alone: bool) -> str:
+        """Return ``trouble`` in words; ``alone``: as a text of its own, not to go behind the endpoint."""
+        path = ipc_path(self._endpoint)
+        if trouble is Trouble.REFUSED and os.path.exists(path) and not os.access(path, os.W_OK):
+            trouble = Trouble.FORBIDDEN
+        return trouble.value.format(
+            waiting=f"waiting for {self._endpoint}: " if alone else "",
+            at=f" to {self._endpoint}" if alone else "",
+            it=self._endpoint if alone else "it",
+            name=self._endpoint.removeprefix("tcp://").rpartition(":")[0],
+            wanted=self._wanted,
+        )
+
+
 class Connection:
     """A socket that connects to one endpoint, with its monitor, and notices of what happens there.
 
@@ -256,13 +310,11 @@ class Connection:
         self.endpoint = endpoint
         self.last_used = 0.0
         self._open_socket = open_socket
-        self._verbose = verbose
         self._probe: Probe | None = None
-        self._old_protocol_told = False
-        self._waiting_since = now
-        self._last_notice = ""
-        self._owes_connected = announce or verbose
+        self._old_protocol_noted = False
         self._open()
+        wanted = "REP nor a ROUTER" if self.socket.type == zmq.REQ else "DEALER nor a REQ"
+        self._notices = Notices(endpoint, wanted, now, announce=announce, verbose=verbose)
         self.peer = PeerState(now, self._handshake_limit(), curve=self.socket.mechanism == zmq.CURVE)
         self._assume_inproc_is_ready(now)
 
@@ -299,11 +351,10 @@ class Connection:
 
     def reopen(self) -> None:
         """Start again with a new socket, which knows nothing of requests under way."""
-        if self._verbose:
-            notify(f"reopening the connection to {self.endpoint}")
         now = time.monotonic()
         if self.peer.ready:
-            self._waiting_since = now
+            self._notices.begin_wait(now)
+        self._notices.add_detail(f"reopening the connection to {self.endpoint}")
         self.close()
         self._open()
         self.peer.restart(now)
@@ -318,6 +369,10 @@ class Connection:
         """Return the seconds after which ``update()`` is due even if nothing has anything to say: a second at most."""
         return PROBE_LIMIT / 10 if self._probe else min(max(self.peer.due - now, 0), 1)
 
+    def explain(self, now: float) -> str:
+        """Return why the peer is not ready."""
+        return self._notices.explain(self.peer.trouble(now), alone=False)
+
     def update(self) -> None:
         """Read what the monitor has to say, do what follows from it, and notify the user of it.
 
@@ -328,13 +383,11 @@ class Connection:
         self._read_events(now)
         self._probe_if_in_doubt(now)
         if self.peer.losses > losses:
-            self._waiting_since = now
-            if self._verbose:
-                notify(f"connection to {self.endpoint} lost")
-                self._owes_connected = True
+            self._notices.begin_wait(now)
+            self._notices.add_detail(f"connection to {self.endpoint} lost")
         if self.peer.state is State.HOPELESS:
-            raise Hopeless(self.explain(now, alone=True))
-        self._report(now)
+            raise Hopeless(self._notices.explain(self.peer.trouble(now), alone=True))
+        self._notices.update(self.peer, now)
         if self.peer.wants_new_socket(now):
             self.reopen()
 
@@ -353,17 +406,15 @@ class Connection:
             self._end_probe()
             return
         if self.endpoint.startswith("ipc://"):
-            verdict: Verdict | None = (
-                Verdict.ZMTP
-            )  # a probe would need TCP; who listens on an ipc path is hardly anything else
+            verdict: Verdict | None = Verdict.ZMTP  # a probe needs TCP; nothing else is likely to listen on an ipc path
         else:
             self._probe = self._probe or Probe(self.socket.context, self.endpoint, now)
             verdict = self._probe.verdict(now)
         if verdict is not None:
             self._end_probe()
             self.peer.handle_event(verdict, 0, now)
-            if self.peer.ready and not self._old_protocol_told:
-                self._old_protocol_told = True
+            if self.peer.ready and not self._old_protocol_noted:
+                self._old_protocol_noted = True
                 text = f"uses an old protocol (ZMTP 1 or 2), so connecting takes {self._handshake_limit():g} s"
                 notify(f"{self.endpoint} {text}")
 
@@ -371,38 +422,6 @@ class Connection:
         if self._probe:
             self._probe.socket.close()
             self._probe = None
-
-    def _report(self, now: float) -> None:
-        """Tell of a wait for the peer that has lasted a second, and of its end."""
-        if self.peer.ready:
-            if self._owes_connected:
-                notify(f"connected to {self.endpoint}")
-            self._owes_connected = False
-            self._last_notice = ""
-        elif (
-            now - self._waiting_since >= NOTICE_DELAY and (notice := self.explain(now, alone=True)) != self._last_notice
-        ):
-            notify(notice)
-            self._owes_connected = True
-            self._last_notice = notice
-
-    def explain(self, now: float, *, alone: bool = False) -> str:
-        """Return why the peer is not ready; ``alone``: as a text of its own, not to go behind the endpoint."""
-        trouble = self.peer.trouble(now)
-        path = ipc_path(self.endpoint)
-        if trouble is Trouble.REFUSED and os.path.exists(path) and not os.access(path, os.W_OK):
-            trouble = Trouble.FORBIDDEN
-        return trouble.value.format(
-            waiting=f"waiting for {self.endpoint}: " if alone else "",
-            at=f" to {self.endpoint}" if alone else "",
-            it=self.endpoint if alone else "it",
-            name=self.endpoint.removeprefix("tcp://").rpartition(":")[0],
-            wanted="REP nor a ROUTER" if self.socket.type == zmq.REQ else "DEALER nor a REQ",
-        )
-
-
-class Hopeless(Failure):
-    """Waiting for a peer is of no use."""
 
 
 class Connections:
