@@ -165,13 +165,15 @@ def test_an_ipc_path_without_permission_is_told_as_that(serve: Serve, start: Sta
 
 @pytest.mark.parametrize("port", PORTS)
 def test_a_port_that_does_not_speak_zeromq_is_told_as_that_within_any_timeout(send: Send, port: str) -> None:
-    with listening(PORTS[port]) as endpoint:
+    def is_told() -> bool:
         done = send("--connect", endpoint, "--timeout", "0.2", "x")
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert re.fullmatch(
-        rf"zmqmsg: no server at {endpoint} within 0.2 s: connected, {re.escape(NOT_ZEROMQ)} \(1 attempt, .* s\)\n",
-        done.stderr.decode(),
-    )
+        assert (done.returncode, done.stdout) == (1, b"")
+        no_server = f"zmqmsg: no server at {endpoint} within 0.2 s: "
+        assert done.stderr.decode().startswith(no_server)
+        return done.stderr.decode().startswith(f"{no_server}connected, {NOT_ZEROMQ} (1 attempt, 0.2 s)")
+
+    with listening(PORTS[port]) as endpoint:
+        until(is_told)  # at once, unless the machine is so busy that connecting takes 0.04 s
 
 
 def test_only_the_handshake_limit_tells_a_zmtp_2_server_from_a_mute_port(start: Start) -> None:

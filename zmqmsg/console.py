@@ -172,7 +172,8 @@ class Output:
     """Standard output, for messages alone: each is written at once, as bytes or, on a terminal, as readable text."""
 
     def __init__(self, form: Form) -> None:
-        self._form = form
+        self._end = form.end
+        self._quoted = form.quoted
         self._stream = _raw(sys.stdout)
         self._terminal = _is_terminal(sys.stdout)
 
@@ -181,20 +182,21 @@ class Output:
 
         Raises BrokenPipeError if the reader is gone, Failure if it fails otherwise.
         """
-        if self._form.quoted or (self._terminal and len(frames) > 1):
-            frames = [quote([bytes(frame) for frame in frames])]
-        elif self._terminal:
-            frames = [_escape(bytes(frames[0]), _ON_TERMINAL)]
+        if self._quoted or self._terminal:
+            frames = [self._make_readable([bytes(frame) for frame in frames])]
         try:
             if len(frames) == 1 and len(frames[0]) >= CHUNK:
                 self._write(frames[0])
-                self._write(self._form.end)
+                self._write(self._end)
             else:
-                self._write(self._form.end.join([*frames, b""]))
+                self._write(self._end.join([*frames, b""]))
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             raise Failure(f"cannot write to standard output: {error.strerror}") from error
+
+    def _make_readable(self, frames: Sequence[bytes]) -> bytes:
+        return quote(frames) if self._quoted or len(frames) > 1 else _escape(frames[0], _ON_TERMINAL)
 
     def _write(self, data: Any) -> None:
         if self._stream is None:
