@@ -126,9 +126,7 @@ def test_a_request_that_kills_its_server_is_sent_once_and_retries_times(
     assert (status, output) == (3, b"good\n")
     assert sum("retrying" in notice for notice in notices) == retries
     attempts = f"{1 + retries} attempt{'s' * (retries > 0)}"
-    assert re.search(
-        rf"no reply to 'poison' \({attempts}, .* s\): connection to {endpoint} lost; .*may have crashed", last
-    )
+    assert re.search(rf"no reply to 'poison' \({attempts}, .* s\): connection to {endpoint} lost; .*crash", last)
 
 
 @pytest.mark.parametrize("away", [0, pytest.param(120, marks=soak)])
@@ -327,6 +325,7 @@ def test_a_large_message_gets_there_and_back_over_a_slow_link(
     rate = 1_000_000
 
     def forward(data: bytes, target: socket.socket, _upstream: bool) -> None:
+        target.settimeout(None)  # the other direction rests for longer than the limit of the relay
         time.sleep(len(data) / rate)
         target.sendall(data)
 

@@ -1,5 +1,6 @@
 """The command line: options and their types. What the commands do is in ``send`` and ``serve``."""
 
+import math
 import re
 from typing import Any
 
@@ -50,13 +51,18 @@ class FilePath(click.Path):
         return super().convert(value, param, ctx)
 
 
-class Seconds(click.FloatRange):
-    """A time above 0, and no NaN, which no range excludes."""
+class Seconds(click.ParamType[float]):
+    """A time above 0, in seconds. click's FloatRange lets NaN through, and says "is not a valid float range"."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        seconds: float = super().convert(value, param, ctx)
-        if seconds != seconds:
-            self.fail(f"'{value}' is not a number of seconds", param, ctx)
+    name = "seconds"
+
+    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        try:
+            seconds = float(value)
+        except ValueError:
+            seconds = math.nan
+        if not 0 < seconds < math.inf:
+            self.fail(f"'{value}' is not a number of seconds above 0, such as 2 or 0.5", param, ctx)
         return seconds
 
 
@@ -181,11 +187,7 @@ def serve(**options: Any) -> None:
     help=f"Connect here; repeatable.  [default: {DEFAULT_ENDPOINT}]",
 )
 @click.option(
-    "-t",
-    "--timeout",
-    type=Seconds(min=0, min_open=True),
-    metavar="SECONDS",
-    help="Seconds to wait in each attempt.  [default: no limit]",
+    "-t", "--timeout", type=Seconds(), metavar="SECONDS", help="Seconds to wait in each attempt.  [default: no limit]"
 )
 @click.option(
     "-r",

@@ -23,7 +23,7 @@ LONG_INPUT = 65536
 """Bytes of redirected standard input from which on there is a progress bar."""
 
 QUOTED_LIMIT = 40
-"""Characters of a message that a notice quotes, each of four bytes at most."""
+"""Characters of a message that a notice quotes. (In UTF-8, each has four bytes at most.)"""
 
 HIDE_CURSOR = "\033[?25l"
 

@@ -193,8 +193,9 @@ class PeerState:
             case State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 self._failures += 1
                 mute = value == errno.EAGAIN  # the handshake timer; anything else is a break
-                # One break or two in a row are an ordinary restart.
-                if mute or self._failures > 2 or self._trouble is Trouble.UNKNOWN:
+                # One break or two in a row are an ordinary restart, and say less than other failures did.
+                may_say = self._failures > 2 and self._trouble not in (Trouble.NEEDS_CURVE, Trouble.WRONG_TYPE)
+                if mute or may_say or self._trouble is Trouble.UNKNOWN:
                     self._trouble = Trouble.CURVE_FAILING if self._curve and not mute else Trouble.NOT_ZEROMQ
             case State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 needs_curve = value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH

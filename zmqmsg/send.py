@@ -183,7 +183,7 @@ class Client:
                 return min(ready, key=attrgetter("last_used"))
             if (now := time.monotonic()) >= deadline:
                 endpoints = ", ".join(connection.endpoint for connection in self._connections)
-                why = "; ".join(connection.explain(now) for connection in self._connections)
+                why = "; ".join(dict.fromkeys(connection.explain(now) for connection in self._connections))
                 raise AttemptFailed(f"no server at {endpoints} within {self._timeout:g} s: {why}", "", sent=False)
             self._wait([], deadline)
 

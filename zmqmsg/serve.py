@@ -219,6 +219,7 @@ class Server:
         self._verbose = verbose
         self._names_clients = names_clients
         self._stopping = False
+        self._answering = False
         self._wakeup: list[int] = []
 
     def run(self) -> None:
@@ -248,6 +249,7 @@ class Server:
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
         started = time.monotonic() if self._verbose else 0
+        self._answering = True
         try:
             reply = self._answer(request)
         except CommandStopped as stopped:
@@ -256,6 +258,7 @@ class Server:
                 notify("the last request was not answered: its command was stopped, too", "yellow")
                 return
             reply = stopped.reply
+        self._answering = False
         send(socket, reply)
         self.served += 1
         if self.served == self._count:
@@ -292,3 +295,5 @@ class Server:
             if signal.getsignal(number) == self._stop:
                 signal.signal(number, signal.SIG_DFL)
         self._stopping = True
+        if self._answering:
+            notify("stopping after the current request; a second signal ends it at once")
