@@ -1,6 +1,7 @@
 """What the tests share: a context, an echo in a thread, and zmqmsg as a real process."""
 
 import os
+import random
 import re
 import signal
 import socket
@@ -190,9 +191,11 @@ def until(condition: Callable[[], object], explain: Callable[[], object] = str) 
 
 
 def free_endpoint() -> str:
-    """Return an endpoint where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    """Return an endpoint where nobody listens: below the ephemeral range, or other tests may be given its port."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return f"tcp://127.0.0.1:{port}"
 
 
 def address(endpoint: str) -> tuple[str, int]:
@@ -307,8 +310,8 @@ def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0
 def echoing(context: Context, endpoint: str, count: int) -> Iterator[str]:
     """Let a Server echo ``count`` requests in a thread; the context gets the real endpoint."""
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        server = Server([socket], Connections((), open_socket), lambda request: request, count=count)
-        thread = threading.Thread(target=server.run)
+        server = Server(lambda request: request, count=count)
+        thread = threading.Thread(target=server.run, args=([socket], Connections((), open_socket)))
         thread.start()
         yield real
         thread.join(LIMIT)

@@ -31,6 +31,7 @@ NO_ZMTP = Verdict.NO_ZMTP, 0
 
 REFUSED = (DELAYED, CLOSED, RETRIED)
 READY = (CONNECTED, SUCCEEDED)
+WRONG_TYPE = (CONNECTED, DISCONNECTED, ZMTP)
 
 
 def peer_after(*events: tuple[int, int], curve: bool = False) -> PeerState:
@@ -62,7 +63,9 @@ def feed(peer: PeerState, *events: tuple[int, int], now: float = 0) -> PeerState
         ([CONNECTED, AUTH], State.HOPELESS, Trouble.KEY_REFUSED),
         ([CONNECTED, DISCONNECTED], State.HUNG_UP, Trouble.NOT_ZEROMQ),
         ([CONNECTED, DISCONNECTED, NO_ZMTP], State.GIVEN_UP, Trouble.NOT_ZEROMQ),
-        ([CONNECTED, DISCONNECTED, ZMTP], State.HOPELESS, Trouble.WRONG_TYPE),
+        ([*WRONG_TYPE], State.GIVEN_UP, Trouble.WRONG_TYPE),
+        ([*WRONG_TYPE, RETRIED, *WRONG_TYPE], State.HOPELESS, Trouble.WRONG_TYPE),
+        ([*WRONG_TYPE, RETRIED, *REFUSED, *WRONG_TYPE], State.GIVEN_UP, Trouble.WRONG_TYPE),
         ([CONNECTED, NO_ZMTP], State.GIVEN_UP, Trouble.NOT_ZEROMQ),
     ],
 )
@@ -94,7 +97,7 @@ def test_a_crash_during_the_handshake_is_no_wrong_socket_type() -> None:
 
 
 def test_a_wrong_type_where_a_good_peer_was_before_is_waited_for() -> None:
-    peer = peer_after(*READY, DISCONNECTED, RETRIED, CONNECTED, DISCONNECTED, ZMTP)
+    peer = peer_after(*READY, DISCONNECTED, RETRIED, *WRONG_TYPE, RETRIED, *WRONG_TYPE)
     assert (peer.state, peer.trouble(0)) == (State.GIVEN_UP, Trouble.WRONG_TYPE)
 
 

@@ -211,7 +211,7 @@ class Output:
 
 
 def read_messages(
-    arguments: Sequence[str], files: Sequence[str], form: Form, while_waiting: Callable[[], None]
+    arguments: Sequence[str], files: Sequence[str], form: Form, while_waiting: Callable[[], object]
 ) -> Generator[list[bytes]]:
     """Yield the frames of each message: of ``arguments``, then of the contents of ``files`` (``-``: standard input).
 
@@ -246,7 +246,7 @@ def _read_file(file: str) -> bytes:
         raise Failure(f"cannot read {file}: {error.strerror}") from error
 
 
-def _read_standard_input(while_waiting: Callable[[], None]) -> Iterator[bytes]:
+def _read_standard_input(while_waiting: Callable[[], object]) -> Iterator[bytes]:
     stream = _raw(sys.stdin)
     try:
         if stream is None:

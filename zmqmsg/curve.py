@@ -1,5 +1,6 @@
 """CURVE keys: load and create them, apply them to sockets, and decide which clients are let in (ZAP, RFC 27)."""
 
+import errno
 import os
 import stat
 import struct
@@ -206,8 +207,8 @@ class ClientKeys:
             paths = [entry.path for entry in os.scandir(self._path)]
         except NotADirectoryError:
             paths = [str(self._path)]
-        except OSError:  # a path that is gone lets nobody in
-            return {}
+        except OSError as error:  # a path that is gone lets nobody in; but we may lack a descriptor for a moment
+            return self._seen if error.errno in (errno.EMFILE, errno.ENFILE) else {}
         for path in paths:
             try:
                 status = os.stat(path)

@@ -123,6 +123,7 @@ class PeerState:
         self._curve = curve
         self._trouble = Trouble.UNKNOWN
         self._failures = 0
+        self._suspicions = 0
         self._handshake_limit = handshake_limit
         # Past its limit, libzmq has cut off whoever owes it a handshake; a tenth more allows for a busy machine.
         self._limits = {
@@ -147,8 +148,8 @@ class PeerState:
         return self.state in (State.HANDSHAKING, State.HUNG_UP) and now >= self.due
 
     def wants_new_socket(self, now: float) -> bool:
-        """Return whether libzmq has had time enough to connect again by itself."""
-        return self.state is State.GIVEN_UP and now >= self.due
+        """Return whether libzmq does not connect again, or has had time enough to do it."""
+        return self.state is State.GIVEN_UP and (now >= self.due or (self._suspicions == 1 and not self.known))
 
     def trouble(self, now: float) -> Trouble:
         """Return why the peer is not ready."""
@@ -161,8 +162,12 @@ class PeerState:
     def handle_event(self, event: int, value: int, now: float) -> None:
         """Go on to the state that ``event`` leads to, and learn from it what the trouble is."""
         state = _TRANSITIONS.get((self.state, event), self.state)
-        if self.state is State.HUNG_UP and state is State.HOPELESS and self.known:
-            state = State.GIVEN_UP  # a good peer was here before, and may come back
+        if self.state is State.HUNG_UP and state is State.HOPELESS:
+            self._suspicions += 1
+            # A good peer that was there before may come back. And once may be chance: the port may just have changed
+            # hands, or TCP have connected to a free port from that very port.
+            if self.known or self._suspicions < 2:
+                state = State.GIVEN_UP
         if self.ready and state is not State.READY:
             self.losses += 1
         self._learn(event, value)
@@ -176,6 +181,7 @@ class PeerState:
         if self.ready:
             self.known = True
             self._failures = 0
+            self._suspicions = 0
             self._trouble = Trouble.UNKNOWN
 
     def _learn(self, event: int, value: int) -> None:
@@ -185,6 +191,7 @@ class PeerState:
             case _, zmq.EVENT_CLOSED:
                 self._resolved = True
                 self._failures = 0
+                self._suspicions = 0
                 self._trouble = Trouble.REFUSED
             case _, zmq.EVENT_CONNECT_RETRIED:
                 if not self._resolved:
@@ -235,9 +242,12 @@ class Probe:
 def _is_zmtp(greeting: bytes) -> bool:
     """Return whether a peer that begins so may be one of ZeroMQ.
 
-    ZMTP 2 and later begin with a signature, ZMTP 1 with a length, a byte of flags (0) and an identity.
+    ZMTP 2 and later begin with a signature, whose last byte is odd. All that a peer of ZMTP 1 says at first is its
+    identity, a frame: the length of what follows, a byte of flags (0) and the identity.
     """
-    return greeting[0] == 0xFF or greeting[1:2] == b"\0"
+    if greeting[0] == 0xFF:
+        return len(greeting) < len(SIGNATURE) or greeting[len(SIGNATURE) - 1] % 2 == 1
+    return greeting[1:2] == b"\0" and len(greeting) == 1 + greeting[0]
 
 
 class Hopeless(Failure):
@@ -252,13 +262,13 @@ class Notices:
         self._endpoint = endpoint
         self._wanted = wanted
         self._verbose = verbose
-        self._waiting_since = now
+        self._waiting_since: float | None = now
         self._last_notice = ""
         self._announce_connected = announce or verbose
 
     def begin_wait(self, now: float) -> None:
-        """Begin to wait again, for a peer that was ready until ``now``."""
-        self._waiting_since = now
+        """Begin to wait again at ``now``, unless nobody has been ready since the last time."""
+        self._waiting_since = self._waiting_since or now
 
     def add_detail(self, text: str) -> None:
         """Tell of what happens to the connection, if the user wants to know that much."""
@@ -273,7 +283,8 @@ class Notices:
                 notify(f"connected to {self._endpoint}")
             self._announce_connected = False
             self._last_notice = ""
-        elif now - self._waiting_since >= NOTICE_DELAY:
+            self._waiting_since = None
+        elif self._waiting_since and now - self._waiting_since >= NOTICE_DELAY:
             notice = self.explain(peer.trouble(now), alone=True)
             if notice != self._last_notice:
                 notify(notice)
@@ -343,6 +354,8 @@ class Connection:
     def close(self) -> None:
         """Close the socket. What lies in it unsent is taken back, or keeps its linger if a peer is there for it."""
         self._end_probe()
+        if self.socket.closed:  # reopening it has failed
+            return
         while self._has_events():
             self._read_events(time.monotonic())
         # First, or libzmq's I/O thread waits for ever to send an event of the closing to a monitor that is gone.
@@ -438,6 +451,7 @@ class Connections:
         """
         self._needed = needed
         self._updated = 0.0
+        self._ready: list[Connection] = []
         self._connections: list[Connection] = []
         try:
             for thread, endpoint in enumerate(endpoints, 1):
@@ -464,14 +478,19 @@ class Connections:
         now = time.monotonic()
         return min((connection.pause(now) for connection in self._connections), default=1)
 
-    def update(self) -> None:
-        """Keep up with the peers, unless that has just been done; go on without those that are hopeless.
+    def reopen(self, connection: Connection) -> None:
+        """Start again with a new socket for ``connection``."""
+        self._ready = []
+        connection.reopen()
 
-        Raises Hopeless when none is left.
+    def update(self) -> list[Connection]:
+        """Keep up with the peers, unless that has just been done, and return the connections that are ready.
+
+        Goes on without those that are hopeless; raises Hopeless when none is left.
         """
         now = time.monotonic()
         if now - self._updated < UPDATE_INTERVAL:
-            return
+            return self._ready
         self._updated = now
         for connection in tuple(self._connections):
             try:
@@ -482,3 +501,5 @@ class Connections:
                 if self._needed and not self._connections:
                     raise
                 notify(f"{hopeless}; going on without it", "yellow")
+        self._ready = [connection for connection in self._connections if connection.peer.ready]
+        return self._ready

@@ -14,7 +14,7 @@ import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.console import Failure, Form, Output, abridge, describe, notify, read_messages
-from zmqmsg.monitor import NOTICE_DELAY, Connection, Connections, Hopeless
+from zmqmsg.monitor import NOTICE_DELAY, Connection, Connections
 from zmqmsg.sockets import HANDSHAKE_LIMIT, IO_THREADS, Context, Socket, open_socket, receive, send
 
 SPINS = 50
@@ -153,17 +153,18 @@ class Client:
             attempt += 1
             try:
                 return self._attempt(frames, time.monotonic() + self._timeout)
-            except AttemptFailed as failure:
-                sent = sent or failure.sent
+            except AttemptFailed as failed:
+                sent = sent or failed.sent
                 in_vain = not sent and not any(connection.peer.known for connection in self._connections)
                 if in_vain or attempt > self._retries:
                     tries = f"{attempt} attempt{'s' * (attempt != 1)}, {time.monotonic() - started:.1f} s"
-                    text = f"no reply to {abridge(frames)} ({tries}): {failure}" if sent else f"{failure} ({tries})"
+                    text = f"no reply to {abridge(frames)} ({tries}): {failed}" if sent else f"{failed} ({tries})"
                     error = NoReply if sent else Failure
-                    raise error(f"{text}; {failure.hint}" if failure.hint else text) from None
-                notify(f"{failure}; retrying ({attempt} of {self._retries})")
-            except Hopeless as hopeless:
-                raise (NoReply(hopeless.message) if sent else hopeless) from None
+                    raise error(f"{text}; {failed.hint}" if failed.hint else text) from None
+                notify(f"{failed}; retrying ({attempt} of {self._retries})")
+            except Failure as failure:
+                sent = sent or any(connection.last_used >= started for connection in self._connections)
+                raise (NoReply(failure.message) if sent else failure) from None
 
     def _attempt(self, frames: Sequence[bytes], deadline: float) -> Reply:
         connection = self._wait_for_peer(deadline)
@@ -171,16 +172,15 @@ class Client:
         try:
             reply = self._exchange(connection, frames, deadline)
         except AttemptFailed:
-            connection.reopen()  # that takes the request back, and whatever comes late
+            self._connections.reopen(connection)  # that takes the request back, and whatever comes late
             raise
         return Reply(reply, connection.endpoint, time.monotonic() - started)
 
     def _wait_for_peer(self, deadline: float) -> Connection:
         """Return the connection that has not been used for longest among those that are ready; wait for one."""
         while True:
-            self._connections.update()
-            if ready := [connection for connection in self._connections if connection.peer.ready]:
-                return min(ready, key=attrgetter("last_used"))
+            if ready := self._connections.update():
+                return ready[0] if len(ready) == 1 else min(ready, key=attrgetter("last_used"))
             if (now := time.monotonic()) >= deadline:
                 endpoints = ", ".join(connection.endpoint for connection in self._connections)
                 why = "; ".join(dict.fromkeys(connection.explain(now) for connection in self._connections))

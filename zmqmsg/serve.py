@@ -16,7 +16,7 @@ import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.console import Failure, Form, Output, describe, notify, quote, unquote
+from zmqmsg.console import Form, Output, describe, notify, quote, unquote
 from zmqmsg.monitor import NOTICE_DELAY, Connections
 from zmqmsg.sockets import IO_THREADS, Context, Socket, bound, is_local, open_socket, receive, send
 
@@ -54,28 +54,23 @@ def run(
     answer = choose_answer(reply, command, quoted=quoted)
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
     secure_bound, secure_connected = _load_security(key, client_keys, server_key, bool(bind), bool(connect))
-    context: Context = zmq.Context(min(1 + len(connect), IO_THREADS))
+    # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
+    context: Context = zmq.Context.instance(min(1 + len(connect), IO_THREADS))
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
+    server = Server(
+        answer, output=None if quiet else Output(form), count=count, verbose=verbose, names_clients=bool(client_keys)
+    )
+    server.stop_on_signals()
     with ExitStack() as stack:
-        stack.callback(_flush, context)
+        stack.callback(_flush, context, server)
         listener = stack.enter_context(open_rep(secure=secure_bound))
         listener.rcvtimeo = 0 if connect else RAPID
         open_worker = partial(open_rep, secure=secure_connected)
         connections = Connections(connect, open_worker, needed=not bind, announce=True, verbose=verbose)
         stack.enter_context(closing(connections))
-        server = Server(
-            [listener] if bind else [],
-            connections,
-            answer,
-            output=None if quiet else Output(form),
-            count=count,
-            verbose=verbose,
-            names_clients=bool(client_keys),
-        )
-        server.stop_on_signals()
         for endpoint in bind:
             _announce(stack.enter_context(bound(listener, endpoint)), open_to_all=not client_keys)
-        server.run()
+        server.run([listener] if bind else [], connections)
         notify(f"{server.served} request{'s' * (server.served != 1)} served")
 
 
@@ -99,11 +94,13 @@ def _announce(endpoint: str, *, open_to_all: bool) -> None:
         notify(f"warning: {text}", "yellow")
 
 
-def _flush(context: Context) -> None:
-    """End ``context`` when the last replies are on their way, however long that takes.
+def _flush(context: Context, server: "Server") -> None:
+    """Wait until the last replies of ``server``, if there are any, are on their way, however long that takes.
 
     TCP_MAXRT cuts off a peer that does not read. In a thread, since a signal ends pyzmq's ``term()`` early.
     """
+    if not server.served:
+        return
     thread = Thread(target=context.term, daemon=True)
     thread.start()
     thread.join(NOTICE_DELAY)
@@ -154,7 +151,8 @@ class Command:
         try:
             process = subprocess.Popen(self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         except OSError as error:
-            raise Failure(f"cannot run the command: {error.strerror}") from error
+            notify(f"cannot run the command, so the reply is empty: {error.strerror}", "red")
+            return [b""]
         printed, _ = process.communicate(self._to_input(request))
         reply = self._from_output(printed)
         status = process.returncode
@@ -196,8 +194,6 @@ class Server:
 
     def __init__(
         self,
-        bound_sockets: Sequence[Socket],
-        connections: Connections,
         answer: Answer,
         *,
         output: Output | None = None,
@@ -205,14 +201,12 @@ class Server:
         verbose: bool = False,
         names_clients: bool = False,
     ) -> None:
-        """Answer what comes to REP sockets: ``bound_sockets``, and those of ``connections``.
+        """Make replies with ``answer``.
 
         ``output`` gets each request after its reply is sent. ``count`` requests stop the loop. ``verbose``: notify the
         user of each; ``names_clients``: with the user id that our ZAP handler has given to the client.
         """
         self.served = 0
-        self._bound = bound_sockets
-        self._connections = connections
         self._answer = answer
         self._output = output
         self._count = count
@@ -222,32 +216,32 @@ class Server:
         self._answering = False
         self._wakeup: list[int] = []
 
-    def run(self) -> None:
-        """Answer requests until ``count`` is reached or a signal asks to stop.
+    def run(self, bound_sockets: Sequence[Socket], connections: Connections) -> None:
+        """Answer what comes to REP sockets, ``bound_sockets`` and those of ``connections``, until it is time to stop.
 
         Raises Hopeless if no connection is left to serve, BrokenPipeError or Failure if a request cannot be printed.
         """
-        sockets = self._bound
-        is_worker = bool(self._connections)
+        sockets = bound_sockets
+        is_worker = bool(connections)
         while not self._stopping:
             if is_worker:
-                self._connections.update()
-                sockets = [*self._bound, *(connection.socket for connection in self._connections)]
+                connections.update()
+                sockets = [*bound_sockets, *(connection.socket for connection in connections)]
             idle = True
             for socket in sockets:
                 if not self._stopping and (request := receive(socket)):
-                    self._serve(socket, request)
+                    self._serve(socket, request, named=self._names_clients and socket in bound_sockets)
                     idle = False
             if idle:
-                self._wait(sockets)
+                self._wait(sockets, connections)
 
-    def _wait(self, sockets: Sequence[Socket]) -> None:
-        """Wait until ``sockets``, connections or a signal may have something to say, a second at most."""
-        sources = [source for connection in self._connections for source in connection.sources]
+    def _wait(self, sockets: Sequence[Socket], connections: Connections) -> None:
+        """Wait until sockets, connections or a signal may have something to say, a second at most."""
+        sources = [source for connection in connections for source in connection.sources]
         items: list[Any] = [*sockets, *sources, *self._wakeup]
-        zmq.zmq_poll([(item, zmq.POLLIN) for item in items], math.ceil(self._connections.pause() * 1000))
+        zmq.zmq_poll([(item, zmq.POLLIN) for item in items], math.ceil(connections.pause() * 1000))
 
-    def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
+    def _serve(self, socket: Socket, request: list[zmq.Frame], *, named: bool) -> None:
         started = time.monotonic() if self._verbose else 0
         self._answering = True
         try:
@@ -264,16 +258,16 @@ class Server:
         if self.served == self._count:
             self._stopping = True
         if self._verbose:
-            self._report(request, reply, time.monotonic() - started)
+            self._report(request, reply, time.monotonic() - started, named=named)
         if self._output:
             self._output.write(request)
 
-    def _report(self, request: list[zmq.Frame], reply: Frames, seconds: float) -> None:
+    def _report(self, request: list[zmq.Frame], reply: Frames, seconds: float, *, named: bool) -> None:
         peer = "this process"
-        with suppress(zmq.ZMQError):  # inproc has no addresses, and a broker has no user id
+        with suppress(zmq.ZMQError):  # inproc has no addresses
             peer = str(request[0].get("Peer-Address"))
-            # Without our ZAP handler a client could choose its user id: libzmq believes what its handshake says.
-            if self._names_clients:
+            # Where our ZAP handler is not asked, a peer could choose its user id: libzmq believes what it says.
+            if named:
                 peer = f"{peer} ({request[0].get('User-Id')})"
         notify(
             f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}, {seconds * 1000:.2f} ms"
