@@ -1,5 +1,6 @@
 """What the tests share: a context, an echo in a thread, and zmqmsg as a real process."""
 
+import compileall
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from typing import Any, cast
 import pytest
 import zmq
 
+import zmqmsg
 from zmqmsg.monitor import Connections
 from zmqmsg.serve import Server
 from zmqmsg.sockets import Context, Socket, bound, open_socket
@@ -27,7 +29,9 @@ LIMIT = 20
 """Seconds after which something that should have happened will not."""
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    if not hasattr(config, "workerinput"):  # once, and not in each process that a test starts
+        compileall.compile_dir(Path(zmqmsg.__file__).parent, quiet=1)
     # A shell has its background jobs ignore Ctrl-C, and all that they start would do so as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
