@@ -148,12 +148,13 @@ class PeerState:
         return self.state in (State.HANDSHAKING, State.HUNG_UP) and now >= self.due
 
     def wants_new_socket(self, now: float) -> bool:
-        """Return whether libzmq does not connect again, or has had time enough to do it."""
-        return self.state is State.GIVEN_UP and (now >= self.due or (self._suspicions == 1 and not self.known))
+        """Return whether libzmq has had time enough to connect again, or a wrong type is to be seen a second time."""
+        look_again = self._trouble is Trouble.WRONG_TYPE and self._suspicions == 1 and not self.known
+        return self.state is State.GIVEN_UP and (look_again or now >= self.due)
 
     def trouble(self, now: float) -> Trouble:
         """Return why the peer is not ready."""
-        if self.state is State.HANDSHAKING and now - self._since >= min(NOTICE_DELAY, self._handshake_limit):
+        if self.state is State.HANDSHAKING and now - self._since >= min(NOTICE_DELAY, self._handshake_limit / 2):
             return Trouble.NOT_ZEROMQ
         if self.state is State.HUNG_UP and self._trouble is Trouble.UNKNOWN:
             return Trouble.NOT_ZEROMQ
@@ -201,8 +202,8 @@ class PeerState:
                 self._failures += 1
                 mute = value == errno.EAGAIN  # the handshake timer; anything else is a break
                 # One break or two in a row are an ordinary restart, and say less than other failures did.
-                may_say = self._failures > 2 and self._trouble not in (Trouble.NEEDS_CURVE, Trouble.WRONG_TYPE)
-                if mute or may_say or self._trouble is Trouble.UNKNOWN:
+                lasting = self._failures > 2 and self._trouble not in (Trouble.NEEDS_CURVE, Trouble.WRONG_TYPE)
+                if mute or lasting or self._trouble is Trouble.UNKNOWN:
                     self._trouble = Trouble.CURVE_FAILING if self._curve and not mute else Trouble.NOT_ZEROMQ
             case State.HANDSHAKING, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 needs_curve = value == zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH
