@@ -32,8 +32,9 @@ LIMIT = 20
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # once, and not in each process that a test starts
         compileall.compile_dir(Path(zmqmsg.__file__).parent, quiet=1)
-    # A shell has its background jobs ignore Ctrl-C, and all that they start would do so as well.
+    # A shell has its background jobs ignore Ctrl-C, and nohup hangups, and all that they start would do so as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 Start = Callable[..., "Process"]
