@@ -5,7 +5,6 @@ import os
 import stat
 import struct
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from shlex import quote
@@ -18,7 +17,7 @@ from zmq.auth.certs import load_certificate
 from zmq.utils import z85
 
 from zmqmsg.console import notify
-from zmqmsg.sockets import Context, Socket
+from zmqmsg.sockets import Context, Secure, Socket
 
 OTHERS = 0o077
 """Mode bits that a secret key file must not have."""
@@ -31,8 +30,6 @@ REFUSAL_INTERVAL = 60.0
 
 REFUSAL_LIMIT = 20
 """Refused clients that are told of at most within REFUSAL_INTERVAL."""
-
-Secure = Callable[[Socket], None]
 
 
 class KeyPair(NamedTuple):

@@ -18,7 +18,7 @@ import zmq
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.console import Form, Output, describe, notify, quote, unquote
 from zmqmsg.monitor import NOTICE_DELAY, Connections
-from zmqmsg.sockets import IO_THREADS, Context, Socket, bound, is_local, open_socket, receive, send
+from zmqmsg.sockets import IO_THREADS, Context, Secure, Socket, bound, is_local, open_socket, receive, send
 
 RAPID = 20
 """Milliseconds to wait for the next request in recv, which takes one system call, before polling, which takes six."""
@@ -27,7 +27,6 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Frames = Sequence[Any]  # of bytes, or of Frames, which have them in a buffer
 Answer = Callable[[Frames], Frames]
-Secure = Callable[[Socket], None]
 
 
 def run(

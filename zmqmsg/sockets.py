@@ -15,6 +15,7 @@ from zmqmsg.console import Failure
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
+Secure = Callable[[Socket], None]  # sets the CURVE options
 
 HANDSHAKE_LIMIT = 5.0
 """Seconds after which libzmq drops a connection whose handshake is not finished."""
@@ -86,13 +87,13 @@ def open_socket(
     linger: int = 0,
     thread: int = 0,
     handshake_limit: float = HANDSHAKE_LIMIT,
-    secure: Callable[[Socket], None] | None = None,
+    secure: Secure | None = None,
 ) -> Socket:
     """Open a socket with the options that both commands share. ``receive`` does not wait on it.
 
     ``max_size``: bytes of the largest frame that a peer may send (-1: any). ``linger``: milliseconds for which closing
     keeps what is not sent yet (-1: no limit). ``thread``: the number of the I/O thread that serves the socket.
-    ``handshake_limit``: seconds. ``secure``: sets the CURVE options.
+    ``handshake_limit``: seconds.
     """
     socket = new_socket(context, socket_type)
     socket.rcvtimeo = 0
