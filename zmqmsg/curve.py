@@ -176,43 +176,48 @@ class ClientKeys:
         """Read the keys at ``path``; raise UsageError if there is nothing."""
         if not os.path.exists(path):
             raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
-        self._path = path
-        self._seen: dict[str, tuple[int, ...]] = {}
+        self._path = str(path)
+        self._signatures: dict[str, tuple[int, ...]] = {}
         self._keys: dict[str, bytes | None] = {}
-        self._names: dict[bytes, str] = {}
+        self._files: dict[bytes, str] = {}
         self._refresh()
-        if not self._names:
+        if not self._files:
             notify(f"no client can connect until there is a public key in {path}", "yellow")
 
     def find(self, public: bytes) -> str | None:
         """Return the name of the file that holds ``public`` (Z85), or None."""
-        self._refresh()
-        return self._names.get(public)
+        # To look at a thousand files takes milliseconds, so that is done only if the key may be new or gone.
+        if public not in self._files or any(
+            _signature(path) != self._signatures[path] for path in (self._path, self._files[public])
+        ):
+            self._refresh()
+        return os.path.basename(self._files[public]) if public in self._files else None
 
     def _refresh(self) -> None:
-        seen = self._scan()
-        if seen != self._seen:
-            changed = {path for path, signature in seen.items() if self._seen.get(path) != signature}
-            self._keys = {path: _read_client_key(path) if path in changed else self._keys[path] for path in seen}
-            self._names = {key: os.path.basename(path) for path, key in self._keys.items() if key}
-            self._seen = seen
-
-    def _scan(self) -> dict[str, tuple[int, ...]]:
-        """Return the path of each file, with a signature that changes whenever its contents do."""
-        seen: dict[str, tuple[int, ...]] = {}
         try:
-            paths = [entry.path for entry in os.scandir(self._path)]
+            files = [entry.path for entry in os.scandir(self._path)]
         except NotADirectoryError:
-            paths = [str(self._path)]
+            files = [self._path]
         except OSError as error:  # a path that is gone lets nobody in; but we may lack a descriptor for a moment
-            return self._seen if error.errno in (errno.EMFILE, errno.ENFILE) else {}
-        for path in paths:
-            try:
-                status = os.stat(path)
-            except OSError:  # it has just been removed
-                continue
-            seen[path] = (status.st_ino, status.st_size, status.st_ctime_ns)
-        return seen
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                return
+            files = []
+        before, self._signatures = self._signatures, {path: _signature(path) for path in (self._path, *files)}
+        self._keys = {
+            path: self._keys[path] if before.get(path) == self._signatures[path] else _read_client_key(path)
+            for path in files
+            if self._signatures[path]  # otherwise it has just been removed
+        }
+        self._files = {key: path for path, key in self._keys.items() if key}
+
+
+def _signature(path: str) -> tuple[int, ...]:
+    """Return what changes whenever the contents of the file or directory do; nothing if it is not there."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ()
+    return status.st_ino, status.st_size, status.st_ctime_ns
 
 
 def _read_client_key(path: str) -> bytes | None:
