@@ -144,6 +144,7 @@ class Command:
         self._arguments = ["/bin/sh", "-c", command]
         self._quoted = quoted
         self._boundaries_told = False
+        self.running = False
 
     def __call__(self, request: Frames) -> Frames:
         """Run the command and return what it printed; raise CommandStopped if a signal to stop has ended it."""
@@ -152,7 +153,9 @@ class Command:
         except OSError as error:
             notify(f"cannot run the command, so the reply is empty: {error.strerror}", "red")
             return [b""]
+        self.running = True
         printed, _ = process.communicate(self._to_input(request))
+        self.running = False
         reply = self._from_output(printed)
         status = process.returncode
         if status:
@@ -212,7 +215,7 @@ class Server:
         self._verbose = verbose
         self._names_clients = names_clients
         self._stopping = False
-        self._answering = False
+        self._bound_sockets: Sequence[Socket] = ()
         self._wakeup: list[int] = []
 
     def run(self, bound_sockets: Sequence[Socket], connections: Connections) -> None:
@@ -220,7 +223,7 @@ class Server:
 
         Raises Hopeless if no connection is left to serve, BrokenPipeError or Failure if a request cannot be printed.
         """
-        sockets = bound_sockets
+        sockets = self._bound_sockets = bound_sockets
         is_worker = bool(connections)
         while not self._stopping:
             if is_worker:
@@ -229,7 +232,7 @@ class Server:
             idle = True
             for socket in sockets:
                 if not self._stopping and (request := receive(socket)):
-                    self._serve(socket, request, named=self._names_clients and socket in bound_sockets)
+                    self._serve(socket, request)
                     idle = False
             if idle:
                 self._wait(sockets, connections)
@@ -240,9 +243,8 @@ class Server:
         items: list[Any] = [*sockets, *sources, *self._wakeup]
         zmq.zmq_poll([(item, zmq.POLLIN) for item in items], math.ceil(connections.pause() * 1000))
 
-    def _serve(self, socket: Socket, request: list[zmq.Frame], *, named: bool) -> None:
+    def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
         started = time.monotonic() if self._verbose else 0
-        self._answering = True
         try:
             reply = self._answer(request)
         except CommandStopped as stopped:
@@ -251,13 +253,14 @@ class Server:
                 notify("the last request was not answered: its command was stopped, too", "yellow")
                 return
             reply = stopped.reply
-        self._answering = False
         send(socket, reply)
         self.served += 1
         if self.served == self._count:
             self._stopping = True
         if self._verbose:
-            self._report(request, reply, time.monotonic() - started, named=named)
+            self._report(
+                request, reply, time.monotonic() - started, named=self._names_clients and socket in self._bound_sockets
+            )
         if self._output:
             self._output.write(request)
 
@@ -288,5 +291,5 @@ class Server:
             if signal.getsignal(number) == self._stop:
                 signal.signal(number, signal.SIG_DFL)
         self._stopping = True
-        if self._answering:
+        if isinstance(self._answer, Command) and self._answer.running:
             notify("stopping after the current request; a second signal ends it at once")
