@@ -148,12 +148,12 @@ class Command:
 
     def __call__(self, request: Frames) -> Frames:
         """Run the command and return what it printed; raise CommandStopped if a signal to stop has ended it."""
+        self.running = True
         try:
             process = subprocess.Popen(self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         except OSError as error:
             notify(f"cannot run the command, so the reply is empty: {error.strerror}", "red")
             return [b""]
-        self.running = True
         printed, _ = process.communicate(self._to_input(request))
         self.running = False
         reply = self._from_output(printed)
