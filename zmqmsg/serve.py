@@ -151,11 +151,12 @@ class Command:
         self.running = True
         try:
             process = subprocess.Popen(self._arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            printed, _ = process.communicate(self._to_input(request))
         except OSError as error:
             notify(f"cannot run the command, so the reply is empty: {error.strerror}", "red")
             return [b""]
-        printed, _ = process.communicate(self._to_input(request))
-        self.running = False
+        finally:
+            self.running = False
         reply = self._from_output(printed)
         status = process.returncode
         if status:
