@@ -153,10 +153,14 @@ def show_error(error: click.ClickException) -> None:
         _standard_error.write(text.getvalue().translate(_ON_TERMINAL))
 
 
+def count_of(number: int, noun: str) -> str:
+    """Return ``number`` with ``noun`` in the singular or plural."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def describe(frames: Sequence[Any]) -> str:
     """Return how many frames and bytes there are, in words."""
-    size = sum(map(len, frames))
-    return f"{len(frames)} frame{'s' * (len(frames) != 1)}, {size} byte{'s' * (size != 1)}"
+    return f"{count_of(len(frames), 'frame')}, {count_of(sum(map(len, frames)), 'byte')}"
 
 
 def abridge(frames: Sequence[bytes]) -> str:

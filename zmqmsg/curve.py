@@ -17,7 +17,7 @@ from zmq.auth.certs import load_certificate
 from zmq.utils import z85
 
 from zmqmsg.console import notify
-from zmqmsg.sockets import Context, Secure, Socket
+from zmqmsg.sockets import Context, Secure, Socket, new_socket
 
 OTHERS = 0o077
 """Mode bits that a secret key file must not have."""
@@ -251,7 +251,7 @@ def start_zap_handler(context: Context, clients: ClientKeys) -> None:
 
     pyzmq's own handler needs asyncio, which takes 40 ms to import.
     """
-    handler = context.socket(zmq.REP)
+    handler = new_socket(context, zmq.REP)
     handler.linger = 0
     handler.bind("inproc://zeromq.zap.01")
     refusals = _Refusals()

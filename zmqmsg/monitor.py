@@ -69,7 +69,7 @@ class Verdict(IntEnum):
 
 
 class Trouble(Enum):
-    """Why nobody is ready, in a notice of its own or as the end of another text: see ``Connection.explain``."""
+    """Why nobody is ready, in a notice of its own or as the end of another text: see ``Notices.explain``."""
 
     UNKNOWN = "{waiting}no answer yet"
     REFUSED = "{waiting}nothing accepts connections there"
@@ -113,7 +113,7 @@ class PeerState:
     """The state of the peer at one endpoint, as a pure state machine: events and the time in, conclusions out.
 
     ``ready``: requests can be sent. ``losses`` counts the connections that ended though they were ready. ``known``: one
-    was ready at some time.
+    was ready at some time. ``handshake_limit``: seconds.
     """
 
     def __init__(self, now: float, handshake_limit: float, *, curve: bool = False) -> None:
@@ -124,7 +124,7 @@ class PeerState:
         self._trouble = Trouble.UNKNOWN
         self._failures = 0
         self._suspicions = 0
-        self._handshake_limit = handshake_limit
+        self.handshake_limit = handshake_limit
         # Past its limit, libzmq has cut off whoever owes it a handshake; a tenth more allows for a busy machine.
         self._limits = {
             State.HANDSHAKING: 1.1 * handshake_limit,
@@ -154,7 +154,7 @@ class PeerState:
 
     def trouble(self, now: float) -> Trouble:
         """Return why the peer is not ready."""
-        if self.state is State.HANDSHAKING and now - self._since >= min(NOTICE_DELAY, self._handshake_limit / 2):
+        if self.state is State.HANDSHAKING and now - self._since >= min(NOTICE_DELAY, self.handshake_limit / 2):
             return Trouble.NOT_ZEROMQ
         if self.state is State.HUNG_UP and self._trouble is Trouble.UNKNOWN:
             return Trouble.NOT_ZEROMQ
@@ -225,8 +225,7 @@ class Probe:
         self._end = now + PROBE_LIMIT
         self.socket = new_socket(context, zmq.STREAM)
         self.socket.linger = 0
-        self.socket.ipv6 = "[" in endpoint
-        self.socket.connect(endpoint)
+        connect(self.socket, endpoint)
 
     def verdict(self, now: float) -> Verdict | None:
         """Return how the peer begins to speak; None if that is not known yet."""
@@ -328,7 +327,8 @@ class Connection:
         self._open()
         wanted = "REP nor a ROUTER" if self.socket.type == zmq.REQ else "DEALER nor a REQ"
         self._notices = Notices(endpoint, wanted, now, announce=announce, verbose=verbose)
-        self.peer = PeerState(now, self._handshake_limit(), curve=self.socket.mechanism == zmq.CURVE)
+        limit = cast(int, self.socket.handshake_ivl) / 1000
+        self.peer = PeerState(now, limit, curve=self.socket.mechanism == zmq.CURVE)
         self._assume_inproc_is_ready(now)
 
     def _open(self) -> None:
@@ -343,9 +343,6 @@ class Connection:
             self.monitor.connect(name)
             connect(self.socket, self.endpoint)
             failing.pop_all()
-
-    def _handshake_limit(self) -> float:
-        return cast(int, self.socket.handshake_ivl) / 1000
 
     def _assume_inproc_is_ready(self, now: float) -> None:
         if self.endpoint.startswith("inproc://"):  # which raises no events
@@ -430,7 +427,7 @@ class Connection:
             self.peer.handle_event(verdict, 0, now)
             if self.peer.ready and not self._old_protocol_noted:
                 self._old_protocol_noted = True
-                text = f"uses an old protocol (ZMTP 1 or 2), so connecting takes {self._handshake_limit():g} s"
+                text = f"uses an old protocol (ZMTP 1 or 2), so connecting takes {self.peer.handshake_limit:g} s"
                 notify(f"{self.endpoint} {text}")
 
     def _end_probe(self) -> None:

@@ -13,7 +13,7 @@ import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.console import Failure, Form, Output, abridge, describe, notify, read_messages
+from zmqmsg.console import Failure, Form, Output, abridge, count_of, describe, notify, read_messages
 from zmqmsg.monitor import NOTICE_DELAY, Connection, Connections
 from zmqmsg.sockets import HANDSHAKE_LIMIT, IO_THREADS, Context, Socket, open_socket, receive, send
 
@@ -157,7 +157,7 @@ class Client:
                 sent = sent or failed.sent
                 in_vain = not sent and not any(connection.peer.known for connection in self._connections)
                 if in_vain or attempt > self._retries:
-                    tries = f"{attempt} attempt{'s' * (attempt != 1)}, {time.monotonic() - started:.1f} s"
+                    tries = f"{count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s"
                     text = f"no reply to {abridge(frames)} ({tries}): {failed}" if sent else f"{failed} ({tries})"
                     error = NoReply if sent else Failure
                     raise error(f"{text}; {failed.hint}" if failed.hint else text) from None

@@ -16,7 +16,7 @@ import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.console import Form, Output, describe, notify, quote, unquote
+from zmqmsg.console import Form, Output, count_of, describe, notify, quote, unquote
 from zmqmsg.monitor import NOTICE_DELAY, Connections
 from zmqmsg.sockets import IO_THREADS, Context, Secure, Socket, bound, is_local, open_socket, receive, send
 
@@ -56,9 +56,7 @@ def run(
     # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
     context: Context = zmq.Context.instance(min(1 + len(connect), IO_THREADS))
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
-    server = Server(
-        answer, output=None if quiet else Output(form), count=count, verbose=verbose, names_clients=bool(client_keys)
-    )
+    server = Server(answer, output=None if quiet else Output(form), count=count, verbose=verbose)
     server.stop_on_signals()
     with ExitStack() as stack:
         stack.callback(_flush, context, server)
@@ -70,7 +68,7 @@ def run(
         for endpoint in bind:
             _announce(stack.enter_context(bound(listener, endpoint)), open_to_all=not client_keys)
         server.run([listener] if bind else [], connections)
-        notify(f"{server.served} request{'s' * (server.served != 1)} served")
+        notify(f"{count_of(server.served, 'request')} served")
 
 
 def _load_security(
@@ -196,27 +194,19 @@ class Server:
     """Answers one request after the other: receive, answer, send, print. ``served`` counts the answered ones."""
 
     def __init__(
-        self,
-        answer: Answer,
-        *,
-        output: Output | None = None,
-        count: int | None = None,
-        verbose: bool = False,
-        names_clients: bool = False,
+        self, answer: Answer, *, output: Output | None = None, count: int | None = None, verbose: bool = False
     ) -> None:
         """Make replies with ``answer``.
 
         ``output`` gets each request after its reply is sent. ``count`` requests stop the loop. ``verbose``: notify the
-        user of each; ``names_clients``: with the user id that our ZAP handler has given to the client.
+        user of each.
         """
         self.served = 0
         self._answer = answer
         self._output = output
         self._count = count
         self._verbose = verbose
-        self._names_clients = names_clients
         self._stopping = False
-        self._bound_sockets: Sequence[Socket] = ()
         self._wakeup: list[int] = []
 
     def run(self, bound_sockets: Sequence[Socket], connections: Connections) -> None:
@@ -224,7 +214,7 @@ class Server:
 
         Raises Hopeless if no connection is left to serve, BrokenPipeError or Failure if a request cannot be printed.
         """
-        sockets = self._bound_sockets = bound_sockets
+        sockets = bound_sockets
         is_worker = bool(connections)
         while not self._stopping:
             if is_worker:
@@ -259,18 +249,16 @@ class Server:
         if self.served == self._count:
             self._stopping = True
         if self._verbose:
-            self._report(
-                request, reply, time.monotonic() - started, named=self._names_clients and socket in self._bound_sockets
-            )
+            self._report(socket, request, reply, time.monotonic() - started)
         if self._output:
             self._output.write(request)
 
-    def _report(self, request: list[zmq.Frame], reply: Frames, seconds: float, *, named: bool) -> None:
+    def _report(self, socket: Socket, request: list[zmq.Frame], reply: Frames, seconds: float) -> None:
         peer = "this process"
         with suppress(zmq.ZMQError):  # inproc has no addresses
             peer = str(request[0].get("Peer-Address"))
-            # Where our ZAP handler is not asked, a peer could choose its user id: libzmq believes what it says.
-            if named:
+            # Where no ZAP handler is asked, a peer could choose its user id: libzmq believes what it says.
+            if socket.zap_domain:
                 peer = f"{peer} ({request[0].get('User-Id')})"
         notify(
             f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}, {seconds * 1000:.2f} ms"
