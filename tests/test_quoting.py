@@ -16,7 +16,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zmqmsg.console import quote, unquote
+from zmqmsg.quoting import quote, unquote
 from zmqmsg.sockets import Context, Socket
 
 from conftest import LIMIT, Send, Serve, Start, open_server

@@ -1,12 +1,8 @@
-"""Bytes in and out: messages in, messages to standard output, notices to standard error. Does not import zmq.
-
-The quoted form of a message is one line: its frames, separated by TAB, with special bytes escaped.
-"""
+"""Bytes in and out: messages in, messages to standard output, notices to standard error. Does not import zmq."""
 
 import errno
 import io
 import os
-import re
 import select
 import stat
 import sys
@@ -16,30 +12,15 @@ from typing import IO, Any, NamedTuple, TextIO, cast
 
 import click
 
+from zmqmsg.quoting import escape, escape_line, escape_lines, quote, unquote
+
 CHUNK = 65536
 """Bytes read at a time, and from which on frames are not joined to be written at once."""
 
 LONG_INPUT = 65536
 """Bytes of redirected standard input from which on there is a progress bar."""
 
-QUOTED_LIMIT = 40
-"""Characters of a message that a notice quotes. (In UTF-8, each has four bytes at most.)"""
-
 HIDE_CURSOR = "\033[?25l"
-
-# A terminal obeys the control characters C0 (below 0x20), DEL and C1 (0x7f to 0x9f), and Unicode's bidirectional
-# controls reorder what a person reads. Bytes that are not valid UTF-8 are decoded to the surrogates from U+DC80 on.
-_CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-_HEX = {code: "".join(f"\\x{byte:02x}" for byte in chr(code).encode()) for code in _CONTROLS} | {
-    0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)
-}
-_IN_NOTICE = _HEX | {ord("\n"): "\\n", ord("\t"): "\\t", ord("\r"): "\\r"}
-_IN_QUOTED = _IN_NOTICE | {ord("\\"): "\\\\"}
-# Newline and TAB do no harm where a message stands alone.
-_ON_TERMINAL = {code: escape for code, escape in _HEX.items() if chr(code) not in "\n\t"}
-
-_ESCAPE = re.compile(rb"\\(x[0-9A-Fa-f]{2}|.|$)", re.DOTALL)
-_UNESCAPED = {b"\\": b"\\", b"t": b"\t", b"n": b"\n", b"r": b"\r"}
 
 
 class Failure(click.ClickException):
@@ -58,34 +39,6 @@ class Form(NamedTuple):
         if null and quoted:
             raise click.UsageError("--null and --quoted cannot be used together")
         return cls(b"\0" if null else b"\n", quoted)
-
-
-# Quoting
-
-
-def quote(frames: Sequence[bytes]) -> bytes:
-    """Return ``frames``, one or more, as a quoted line without its newline."""
-    return b"\t".join(_escape(frame, _IN_QUOTED) for frame in frames)
-
-
-def unquote(line: bytes) -> list[bytes]:
-    """Return the frames of a quoted line; raise ValueError, naming it, if there is a wrong escape."""
-    return [_ESCAPE.sub(_unescape, frame) if b"\\" in frame else frame for frame in line.split(b"\t")]
-
-
-def _escape(frame: bytes, table: dict[int, str]) -> bytes:
-    text = frame.decode(errors="surrogateescape")
-    # Nothing that any table escapes is printable but the backslash.
-    return frame if text.isprintable() and "\\" not in text else text.translate(table).encode()
-
-
-def _unescape(match: re.Match[bytes]) -> bytes:
-    escape = match[1]
-    if escape[:1] == b"x" and len(escape) == 3:
-        return bytes.fromhex(escape[1:].decode())
-    if escape not in _UNESCAPED:
-        raise ValueError(rf"'{match[0].decode(errors='surrogateescape')}' is not an escape; use \\ \t \n \r or \xHH")
-    return _UNESCAPED[escape]
 
 
 # Standard error
@@ -130,7 +83,7 @@ _standard_error = _StandardError()
 
 def notify(text: str, colour: str = "cyan") -> None:
     """Write a notice to standard error, with whatever it quotes escaped: one line, unless a terminal is too narrow."""
-    line = "zmqmsg: " + text.translate(_IN_NOTICE)
+    line = "zmqmsg: " + escape_line(text)
     if _standard_error.isatty():
         import textwrap  # 1 ms, for terminals alone
 
@@ -150,23 +103,7 @@ def show_error(error: click.ClickException) -> None:
     else:
         text = io.StringIO()
         error.show(text)
-        _standard_error.write(text.getvalue().translate(_ON_TERMINAL))
-
-
-def count_of(number: int, noun: str) -> str:
-    """Return ``number`` with ``noun`` in the singular or plural."""
-    return f"{number} {noun}{'s' * (number != 1)}"
-
-
-def describe(frames: Sequence[Any]) -> str:
-    """Return how many frames and bytes there are, in words."""
-    return f"{count_of(len(frames), 'frame')}, {count_of(sum(map(len, frames)), 'byte')}"
-
-
-def abridge(frames: Sequence[bytes]) -> str:
-    """Return the start of a message between quotation marks, for a notice."""
-    text = frames[0][: 4 * QUOTED_LIMIT + 1].decode(errors="surrogateescape")
-    return f"'{text}'" if len(text) <= QUOTED_LIMIT else f"'{text[:QUOTED_LIMIT]}'..."
+        _standard_error.write(escape_lines(text.getvalue()))
 
 
 # Standard output
@@ -200,7 +137,7 @@ class Output:
             raise Failure(f"cannot write to standard output: {error.strerror}") from error
 
     def _make_readable(self, frames: Sequence[bytes]) -> bytes:
-        return quote(frames) if self._quoted or len(frames) > 1 else _escape(frames[0], _ON_TERMINAL)
+        return quote(frames) if self._quoted or len(frames) > 1 else escape(frames[0])
 
     def _write(self, data: Any) -> None:
         if self._stream is None:

@@ -13,8 +13,9 @@ import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.console import Failure, Form, Output, abridge, count_of, describe, notify, read_messages
+from zmqmsg.console import Failure, Form, Output, notify, read_messages
 from zmqmsg.monitor import NOTICE_DELAY, Connection, Connections
+from zmqmsg.quoting import abridge, count_of, describe
 from zmqmsg.sockets import HANDSHAKE_LIMIT, IO_THREADS, Context, Socket, open_socket, receive, send
 
 SPINS = 50
@@ -158,7 +159,7 @@ class Client:
                 in_vain = not sent and not any(connection.peer.known for connection in self._connections)
                 if in_vain or attempt > self._retries:
                     tries = f"{count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s"
-                    text = f"no reply to {abridge(frames)} ({tries}): {failed}" if sent else f"{failed} ({tries})"
+                    text = f"no reply to {abridge(frames[0])} ({tries}): {failed}" if sent else f"{failed} ({tries})"
                     error = NoReply if sent else Failure
                     raise error(f"{text}; {failed.hint}" if failed.hint else text) from None
                 notify(f"{failed}; retrying ({attempt} of {self._retries})")

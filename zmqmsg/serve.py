@@ -16,8 +16,9 @@ import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.console import Form, Output, count_of, describe, notify, quote, unquote
+from zmqmsg.console import Form, Output, notify
 from zmqmsg.monitor import NOTICE_DELAY, Connections
+from zmqmsg.quoting import count_of, describe, quote, unquote
 from zmqmsg.sockets import IO_THREADS, Context, Secure, Socket, bound, is_local, open_socket, receive, send
 
 RAPID = 20
