@@ -1,6 +1,13 @@
-"""What peers of ZMTP 3 say (rfc.zeromq.org/spec/23), by hand."""
+"""What peers say by hand: frames and handshakes of ZMTP 3 (rfc.zeromq.org/spec/23), and listeners of all kinds."""
 
+import socket
 import struct
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+
+Talk = Callable[[socket.socket], object]
+"""What a listener does with a connection; at its end, the connection is closed."""
 
 
 def greeting(mechanism: bytes = b"NULL", version: bytes = b"\x03\x00", as_server: bytes = b"\x00") -> bytes:
@@ -25,3 +32,63 @@ def frame(body: bytes, *, more: bool = False) -> bytes:
 def request(*frames: bytes) -> bytes:
     """A whole request of ``frames``, after the empty delimiter."""
     return frame(b"", more=True) + b"".join(frame(body, more=body is not frames[-1]) for body in frames)
+
+
+def say(words: bytes, connection: socket.socket) -> None:
+    """Say ``words``, and then nothing."""
+    connection.sendall(words)
+    with suppress(ConnectionError):
+        while connection.recv(1024):
+            pass
+
+
+def say_and_hang_up(words: bytes, connection: socket.socket) -> None:
+    """Say ``words`` when something has come, and end the connection."""
+    connection.recv(1024)
+    connection.sendall(words)
+
+
+def shake_hands(socket_type: bytes, connection: socket.socket) -> None:
+    """Greet as a socket of ``socket_type`` of ZMTP 3, and then say nothing."""
+    say(greeting() + ready(socket_type), connection)
+
+
+def echo_as_zmtp_2(connection: socket.socket) -> None:
+    """Echo as a REP socket of ZMTP 2 does: small frames of flags, length, body. Hang up at poison."""
+    with connection.makefile("rb") as stream:
+        connection.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\1\4\0\0")  # signature; revision, type; identity
+        stream.read(10 + 2 + 2)
+        while delimiter := stream.read(2):
+            assert delimiter == b"\1\0"
+            flags, length = stream.read(2)
+            assert flags == 0
+            if (body := stream.read(length)) == b"poison":
+                return
+            connection.sendall(delimiter + bytes([flags, length]) + body)
+
+
+def echo_as_zmtp_1(connection: socket.socket) -> None:
+    """Echo as a REP socket of ZMTP 1 does: small frames of length, flags, body. Hang up at poison."""
+    with connection.makefile("rb") as stream:
+        connection.sendall(b"\1\0")  # an empty identity
+        # libzmq begins with a signature, whose first ten bytes a peer of ZMTP 1 takes for a long identity, of no bytes.
+        stream.read(10)
+        while delimiter := stream.read(2):
+            assert delimiter == b"\1\1"
+            length, flags = stream.read(2)
+            assert flags == 0
+            if (body := stream.read(length - 1)) == b"poison":
+                return
+            connection.sendall(delimiter + bytes([length, flags]) + body)
+
+
+HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 15\r\n\r\n400 Bad Request"
+
+OTHER_PROTOCOLS: dict[str, tuple[Talk, str]] = {
+    "SSH": (partial(say, b"SSH-2.0-OpenSSH_9.6\r\n"), r"SSH-2.0-OpenSSH_9.6\r\n"),  # libzmq takes it for ZMTP 1
+    "SMTP": (partial(say, b"220 mail.example.org ESMTP\r\n"), r"220 mail.example.org ESMTP\r\n"),
+    "HTTP": (partial(say_and_hang_up, HTTP), r"HTTP/1.1 400 Bad Request\r\n"),
+    "Telnet": (partial(say, b"\xff\xfd\x18\xff\xfd\x20\xff\xfd\x23\xff\xfd\x27"), r"\xff\xfd\x18"),
+    "MySQL": (partial(say, b"\x0a\0\0\0\x0a8.0.36\0\x08\0\0\0"), "8.0.36"),
+}
+"""Listeners that do not speak ZeroMQ, and a part of what they are told to say."""

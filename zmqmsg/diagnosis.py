@@ -1,0 +1,231 @@
+"""What stands in the way at an endpoint: go there with a plain socket, and say where the way ends.
+
+Everything here is asked of the peer or of the system; nothing is deduced from what libzmq reports. Does not import zmq.
+ZMTP, the protocol, is described at https://rfc.zeromq.org/spec/23 (3.0), /15 (2.0) and /13 (1.0).
+"""
+
+import socket
+from collections.abc import Collection, Iterator
+from typing import Any, NamedTuple
+
+from zmqmsg.quoting import abridge
+
+GREETING_DELAY = 5.0
+"""Seconds after which a peer that has not greeted is likely to be no ZeroMQ, or hung."""
+
+LIMIT = 60.0
+"""Seconds in which a peer has to take the next step before the look ends."""
+
+CONNECT_LIMIT = 10.0
+"""Seconds in which one of several addresses has to accept a connection."""
+
+SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
+"""How ZMTP 2 and 3 begin."""
+
+VERSION = b"\x03\x00"
+NULL = b"NULL".ljust(20, b"\0") + bytes(32)
+"""The rest of a ZMTP 3.0 greeting: the mechanism, as-server and filler."""
+
+OLD_TYPES = ("PAIR", "PUB", "SUB", "REQ", "REP", "DEALER", "ROUTER", "PULL", "PUSH", "XPUB", "XSUB")
+"""The socket types of ZMTP 2, in the order of their numbers."""
+
+
+class Finding(NamedTuple):
+    """What a look has found.
+
+    ``reason`` completes "waiting for ENDPOINT: ...", and is empty if nothing is wrong. ``hopeless``: waiting does not
+    help. ``old``: the peer speaks ZMTP 1 or 2, whose handshake libzmq does not report.
+    """
+
+    reason: str
+    hopeless: bool = False
+    old: bool = False
+
+
+NOTHING_WRONG = Finding("")
+
+
+def resolve(endpoint: str) -> list[tuple[int, Any]]:
+    """Return the address family and the address of each socket that may be meant by ``endpoint``, IPv4 first.
+
+    Raises OSError if the name cannot be resolved. May take as long as the name server likes.
+    """
+    scheme, _, rest = endpoint.partition("://")
+    if scheme == "ipc":
+        return [(socket.AF_UNIX, f"\0{rest[1:]}" if rest.startswith("@") else rest)]
+    host, _, port = rest.rpartition(":")
+    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
+    addresses = [(int(family), address) for family, _, _, _, address in found]
+    return sorted(dict.fromkeys(addresses), key=lambda each: each[0] != socket.AF_INET)
+
+
+def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
+    """Yield, once, the endpoints with an address in numbers that ``endpoint`` may mean; none if it has none."""
+    try:
+        found = resolve(endpoint)
+    except (OSError, UnicodeError):
+        found = []
+    yield [
+        f"tcp://[{address[0]}]:{address[1]}" if family == socket.AF_INET6 else f"tcp://{address[0]}:{address[1]}"
+        for family, address in found
+    ]
+
+
+def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool) -> Iterator[Finding]:
+    """Yield where the way to a peer at ``endpoint`` stands, step by step; the last finding is final.
+
+    ``wanted``: the types that its socket may have. ``curve``: whether we use CURVE. ``known``: whether a good peer has
+    been there, so that the port is certainly right. Each step takes as long as the peer or the system likes, within
+    ``LIMIT`` seconds; name resolution has no limit.
+    """
+    yield Finding("resolving the name takes long")
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+    try:
+        addresses = resolve(endpoint)
+    except (OSError, UnicodeError) as error:
+        yield Finding(f"cannot resolve {host}: {in_words(error)}")
+        return
+
+    yield Finding("connecting takes long")
+    try:
+        peer = connect(addresses)
+    except OSError as error:
+        yield Finding(in_words(error))
+        return
+
+    with peer:
+        yield Finding("connected, but no ZeroMQ greeting yet")
+        try:
+            peer.sendall(SIGNATURE)
+            try:
+                heard = read_first_words(peer, GREETING_DELAY)
+            except TimeoutError:
+                likely = "the server may be hung" if known else "wrong port, or a hung server?"
+                yield Finding(f"connected, but no ZeroMQ greeting yet; {likely}")
+                heard = read_first_words(peer, LIMIT)
+            yield from read_answer(peer, heard, wanted, curve=curve)
+        except TimeoutError:
+            return
+        except OSError:
+            yield Finding("connected, but the connection was closed during the ZeroMQ handshake")
+
+
+def connect(addresses: list[tuple[int, Any]]) -> socket.socket:
+    """Return a connection to the first of ``addresses`` that accepts one; raise the first OSError if none does."""
+    failures: list[OSError] = []
+    for family, address in addresses:
+        peer = socket.socket(family, socket.SOCK_STREAM)
+        peer.settimeout(LIMIT if len(addresses) == 1 else CONNECT_LIMIT)
+        try:
+            peer.connect(address)
+            # TCP can connect to a free port from that very port.
+            if family != socket.AF_UNIX and peer.getsockname() == peer.getpeername():
+                raise ConnectionRefusedError("Connection refused")
+        except OSError as error:
+            failures.append(error)
+            peer.close()
+        else:
+            return peer
+    raise failures[0]
+
+
+def read_first_words(peer: socket.socket, limit: float) -> bytes:
+    """Return what a peer says first: a whole signature, a whole greeting of ZMTP 1, or something else.
+
+    Raises TimeoutError if nothing has come within ``limit`` seconds.
+    """
+    peer.settimeout(limit)
+    heard = read(peer, b"", 1)
+    peer.settimeout(LIMIT)
+    if heard[:1] == SIGNATURE[:1]:
+        return read(peer, heard, len(SIGNATURE))
+    # ZMTP 1 begins with a frame: the length of what follows, flags (0), and an identity.
+    if heard[1:2] in (b"", b"\0"):
+        return read(peer, heard, 1 + heard[0])
+    return heard
+
+
+def read_answer(peer: socket.socket, heard: bytes, wanted: Collection[str], *, curve: bool) -> Iterator[Finding]:
+    """Go on after the peer has said ``heard``, and yield what it is.
+
+    libzmq hangs up on a whole greeting with another mechanism before it shows its own, and JeroMQ 0.3 on any whole
+    greeting. So each part is sent only when the peer has said enough.
+    """
+    if heard[:1] != SIGNATURE[:1] and heard[1:2] == b"\0" and len(heard) == 1 + heard[0]:
+        yield judge_old("ZMTP 1", "", wanted, curve=curve)
+        return
+    if heard[:1] != SIGNATURE[:1] or heard[9:10] != SIGNATURE[9:]:
+        yield Finding(f"it does not speak ZeroMQ; it says {abridge(heard)}", hopeless=True)
+        return
+
+    yield Finding("connected, but the ZeroMQ handshake is not finished yet")
+    peer.sendall(VERSION)
+    heard = read(peer, heard, 12)
+    if heard[10] < 3:
+        socket_type = OLD_TYPES[heard[11]] if heard[10] and heard[11] < len(OLD_TYPES) else ""
+        yield judge_old("ZMTP 2", socket_type, wanted, curve=curve)
+        return
+
+    heard = read(peer, heard, 64)
+    mechanism = heard[12:32].rstrip(b"\0").decode(errors="backslashreplace")
+    if mechanism != ("CURVE" if curve else "NULL"):
+        yield Finding(WRONG_MECHANISM.get(mechanism, f"it requires {mechanism}, which zmqmsg does not speak"), True)
+        return
+    if curve:
+        yield NOTHING_WRONG
+        return
+
+    peer.sendall(NULL)
+    yield judge_type(read_socket_type(peer, heard), wanted)
+
+
+def read_socket_type(peer: socket.socket, heard: bytes) -> str:
+    """Return the Socket-Type that the peer names in its READY command, which follows the 64 bytes of its greeting.
+
+    It is empty if the peer says something else, such as the ERROR of an authentication that failed, which libzmq
+    reports.
+    """
+    heard = read(peer, heard, 66)
+    length = heard[65]
+    if heard[64] & 2:  # a long command
+        length = int.from_bytes(read(peer, heard, 73)[65:73])
+    heard = read(peer, heard, 66 + min(length, 1024))
+    value = heard[64:].partition(b"\x0bSocket-Type")[2]
+    return value[4 : 4 + int.from_bytes(value[:4])].decode(errors="backslashreplace")
+
+
+WRONG_MECHANISM = {
+    "CURVE": "it requires CURVE; pass --server-key",
+    "NULL": "it does not use CURVE; leave --server-key out",
+}
+
+
+def judge_old(protocol: str, socket_type: str, wanted: Collection[str], *, curve: bool) -> Finding:
+    """Return what to think of a peer that speaks an old ``protocol``; the type of its socket may be unknown."""
+    if curve:
+        return Finding(f"it speaks {protocol}, which is too old for CURVE", hopeless=True)
+    return judge_type(socket_type, wanted)._replace(old=True)
+
+
+def judge_type(socket_type: str, wanted: Collection[str]) -> Finding:
+    """Return what to think of a peer whose socket is of ``socket_type``; empty: not known."""
+    if not socket_type or socket_type in wanted:
+        return NOTHING_WRONG
+    return Finding(f"it is a {socket_type} socket, not a {' or '.join(wanted)}", hopeless=True)
+
+
+def read(peer: socket.socket, heard: bytes, size: int) -> bytes:
+    """Return ``heard`` and what comes after it, ``size`` bytes at least; raise OSError if they do not come."""
+    while len(heard) < size:
+        if not (data := peer.recv(4096)):
+            raise ConnectionError
+        heard += data
+    return heard
+
+
+def in_words(error: Exception) -> str:
+    """Return the system's own words for ``error``."""
+    if isinstance(error, TimeoutError):
+        return "connection timed out"
+    words = getattr(error, "strerror", None) or str(error)
+    return words[:1].lower() + words[1:]
