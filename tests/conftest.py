@@ -19,7 +19,6 @@ import pytest
 import zmq
 
 import zmqmsg
-from zmqmsg.monitor import Connections
 from zmqmsg.serve import Server
 from zmqmsg.sockets import Context, Socket, bound, open_socket
 
@@ -316,7 +315,7 @@ def echoing(context: Context, endpoint: str, count: int) -> Iterator[str]:
     """Let a Server echo ``count`` requests in a thread; the context gets the real endpoint."""
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
         server = Server(lambda request: request, count=count)
-        thread = threading.Thread(target=server.run, args=([socket], Connections((), open_socket)))
+        thread = threading.Thread(target=server.run, args=([socket],))
         thread.start()
         yield real
         thread.join(LIMIT)

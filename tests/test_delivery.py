@@ -209,9 +209,9 @@ def test_a_server_that_is_frozen_from_the_start_gets_nothing_and_serves_once_whe
     hasty = start("send", "--connect", endpoint, "--timeout", "0.5", "--retries", "0", "never sent")
     status, _, notices = hasty.finish()
     assert (status, len(notices)) == (1, 1)
-    assert "it has not answered as ZeroMQ" in notices[0]
+    assert "connected, but no ZeroMQ greeting yet" in notices[0]
     patient = start("send", "--connect", endpoint, "--retries", "0", "x")
-    patient.wait_for_notice("it has not answered as ZeroMQ")
+    patient.wait_for_notice("connected, but no ZeroMQ greeting yet")
     time.sleep(seconds)
     server.signal(signal.SIGCONT)
     assert patient.finish()[:2] == (0, b"x\n")
@@ -268,7 +268,9 @@ def test_a_port_that_accepts_and_hangs_up_before_its_server_is_there_gets_nothin
         sender = start("send", "--connect", endpoint, "--retries", "0", "x")
         for _ in range(3):
             assert hang_ups.acquire(timeout=LIMIT)
-        sender.wait_for_notice(f"connected to {endpoint}, but it has not answered as ZeroMQ")
+        sender.wait_for_notice(
+            f"waiting for {endpoint}: connected, but the connection was closed during the ZeroMQ handshake"
+        )
     server, _ = serve("--bind", endpoint)
     status, output, notices = sender.finish()
     assert (status, output) == (0, b"x\n")
@@ -287,7 +289,7 @@ def test_a_server_whose_port_another_socket_holds_for_a_while_is_waited_for(cont
         bind(other, endpoint)
         sender.wait_for_notice("lost")
         sender.send_line(b"after")
-        sender.wait_for_notice(f"{endpoint} is neither a REP nor a ROUTER socket")
+        sender.wait_for_notice(f"waiting for {endpoint}: it is a PUB socket, not a REP or ROUTER")
     server, _ = open_server(context, zmq.REP, endpoint)
     server.send(server.recv())
     assert sender.finish()[:2] == (0, b"after\n")

@@ -6,7 +6,7 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
 from typing import IO, Any, NamedTuple, TextIO, cast
 
@@ -19,6 +19,9 @@ CHUNK = 65536
 
 LONG_INPUT = 65536
 """Bytes of redirected standard input from which on there is a progress bar."""
+
+SILENCE = 0.5
+"""Seconds without input after which a reader looks after something else."""
 
 HIDE_CURSOR = "\033[?25l"
 
@@ -82,17 +85,10 @@ _standard_error = _StandardError()
 
 
 def notify(text: str, colour: str = "cyan") -> None:
-    """Write a notice to standard error, with whatever it quotes escaped: one line, unless a terminal is too narrow."""
+    """Write a notice to standard error: one line, with whatever it quotes escaped."""
     line = "zmqmsg: " + escape_line(text)
-    if _standard_error.isatty():
-        import textwrap  # 1 ms, for terminals alone
-
-        width = os.get_terminal_size(sys.stderr.fileno()).columns or 80
-        line = textwrap.fill(
-            line, max(width - 1, 20), subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
-        )
-        if not os.environ.get("NO_COLOR"):
-            line = line.replace("zmqmsg:", click.style("zmqmsg:", fg=colour), 1)
+    if _standard_error.isatty() and not os.environ.get("NO_COLOR"):
+        line = line.replace("zmqmsg:", click.style("zmqmsg:", fg=colour), 1)
     _standard_error.write_line(line)
 
 
@@ -151,25 +147,30 @@ class Output:
 # Messages
 
 
-def read_messages(
-    arguments: Sequence[str], files: Sequence[str], form: Form, while_waiting: Callable[[], object]
-) -> Generator[list[bytes]]:
+def read_messages(arguments: Sequence[str], files: Sequence[str], form: Form) -> Generator[list[bytes] | None]:
     """Yield the frames of each message: of ``arguments``, then of the contents of ``files`` (``-``: standard input).
 
-    With neither, yield those of the lines of standard input, in the given form, each as soon as it is complete.
-    Waiting for standard input calls ``while_waiting`` each second. Raises Failure for what cannot be read. Close the
+    With neither, yield those of the lines of standard input, in the given form, each as soon as it is complete. Yield
+    None for each half second in which standard input is silent. Raises Failure for what cannot be read. Close the
     generator to end the progress bar.
     """
     for argument in arguments:
         yield [os.fsencode(argument)]
     for file in files:
-        yield [b"".join(_read_standard_input(while_waiting)) if file == "-" else _read_file(file)]
+        if file == "-":
+            yield from _read_whole_input()
+        else:
+            yield [_read_file(file)]
     if not arguments and not files:
         if _is_terminal(sys.stdin):
             notify("reading messages, one per line; press Ctrl-D to finish")
-        lines = _split(_read_standard_input(while_waiting), form.end)
-        for number, line in enumerate(_show_progress(lines), 1):
-            yield _unquote_line(line, number) if form.quoted else [line]
+        number = 0
+        for line in _show_progress(_split(_read_standard_input(), form.end)):
+            if line is None:
+                yield None
+            else:
+                number += 1
+                yield _unquote_line(line, number) if form.quoted else [line]
 
 
 def _unquote_line(line: bytes, number: int) -> list[bytes]:
@@ -187,14 +188,24 @@ def _read_file(file: str) -> bytes:
         raise Failure(f"cannot read {file}: {error.strerror}") from error
 
 
-def _read_standard_input(while_waiting: Callable[[], object]) -> Iterator[bytes]:
+def _read_whole_input() -> Iterator[list[bytes] | None]:
+    chunks = []
+    for chunk in _read_standard_input():
+        if chunk is None:
+            yield None
+        else:
+            chunks.append(chunk)
+    yield [b"".join(chunks)]
+
+
+def _read_standard_input() -> Iterator[bytes | None]:
     stream = _raw(sys.stdin)
     try:
         if stream is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         while True:
-            while not select.select([stream], [], [], 1)[0]:
-                while_waiting()
+            while not select.select([stream], [], [], SILENCE)[0]:
+                yield None
             if not (chunk := stream.read(CHUNK)):
                 return
             yield chunk
@@ -202,10 +213,13 @@ def _read_standard_input(while_waiting: Callable[[], object]) -> Iterator[bytes]
         raise Failure(f"cannot read standard input: {error.strerror}") from error
 
 
-def _split(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
-    """Yield what stands between one ``end`` and the next; the last one may be missing."""
+def _split(chunks: Iterator[bytes | None], end: bytes) -> Iterator[bytes | None]:
+    """Yield what stands between one ``end`` and the next, where the last one may be missing; pass None on."""
     parts: list[bytes] = []
     for chunk in chunks:
+        if chunk is None:
+            yield None
+            continue
         *complete, tail = chunk.split(end)
         for line in complete:
             yield b"".join([*parts, line]) if parts else line
@@ -216,7 +230,7 @@ def _split(chunks: Iterator[bytes], end: bytes) -> Iterator[bytes]:
         yield b"".join(parts)
 
 
-def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
+def _show_progress(lines: Iterator[bytes | None]) -> Iterator[bytes | None]:
     """Yield ``lines``, with click's progress bar where a person waits for a long redirected file to be sent."""
     length = _redirected_bytes()
     if length < LONG_INPUT or not _is_terminal(sys.stderr) or _is_terminal(sys.stdout):
@@ -226,7 +240,8 @@ def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
     with click.progressbar(length=length, file=file, update_min_steps=length // 200) as bar:
         for line in lines:
             yield line
-            bar.update(len(line) + 1)
+            if line is not None:
+                bar.update(len(line) + 1)
 
 
 def _redirected_bytes() -> int:

@@ -3,20 +3,20 @@
 import math
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from operator import attrgetter
+from itertools import count
 from typing import NamedTuple
 
 import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
+from zmqmsg.connection import LOOK_DELAY, NOTICE_DELAY, Connection, fail_if_hopeless, wait
 from zmqmsg.console import Failure, Form, Output, notify, read_messages
-from zmqmsg.monitor import NOTICE_DELAY, Connection, Connections
 from zmqmsg.quoting import abridge, count_of, describe
-from zmqmsg.sockets import HANDSHAKE_LIMIT, IO_THREADS, Context, Socket, open_socket, receive, send
+from zmqmsg.sockets import Context, Socket, open_socket, receive, send
 
 SPINS = 50
 """Looks for a reply, yielding the processor before each, before going to sleep, which takes longer than a fast reply.
@@ -47,31 +47,42 @@ def run(
         from zmqmsg.curve import client_security  # 10 ms, for CURVE alone
 
         secure = client_security(key, server_key)
-    endpoints = connect or (DEFAULT_ENDPOINT,)
-    # The shared context, since pyzmq would terminate another one, and wait for an I/O thread that resolves a name.
-    context: Context = zmq.Context.instance(min(1 + len(endpoints), IO_THREADS))
-    limit = min(HANDSHAKE_LIMIT, 0.8 * (timeout or math.inf))  # a mute peer is known as one before the attempt ends
-    open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, handshake_limit=limit, secure=secure)
+    # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
+    context: Context = zmq.Context.instance()
+    open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, secure=secure)
+    # Early enough for an attempt to end with what was found.
+    look_delay = min(LOOK_DELAY, (timeout or math.inf) / 4)
     output = Output(form)
     with ExitStack() as stack:
-        connections = Connections(endpoints, open_req, verbose=verbose)
-        stack.enter_context(closing(connections))
+        connections = [
+            stack.enter_context(closing(Connection(endpoint, open_req, look_delay=look_delay, verbose=verbose)))
+            for endpoint in connect or (DEFAULT_ENDPOINT,)
+        ]
         client = Client(connections, timeout=timeout or math.inf, retries=retries)
-        messages = stack.enter_context(closing(read_messages(message, file, form, connections.update)))
+        messages = stack.enter_context(closing(read_messages(message, file, form)))
         times = Times()
         stack.callback(times.summarize)
-        for frames in [_join(messages)] if multipart else messages:
+        for frames in join(messages) if multipart else messages:
+            if frames is None:
+                client.update()
+                continue
             reply = client.ask(frames)
             output.write(reply.frames)
             if verbose:
                 times.add(reply)
 
 
-def _join(messages: Iterable[list[bytes]]) -> list[bytes]:
-    frames = [frame for message in messages for frame in message]
+def join(messages: Iterable[list[bytes] | None]) -> Iterator[list[bytes] | None]:
+    """Yield the frames of all ``messages`` as one message, and None for each None before it is complete."""
+    frames = []
+    for message in messages:
+        if message is None:
+            yield None
+        else:
+            frames += message
     if not frames:
         raise click.UsageError("--multipart needs at least one message")
-    return frames
+    yield frames
 
 
 class Reply(NamedTuple):
@@ -113,34 +124,40 @@ class NoReply(Failure):
 
 
 class AttemptFailed(Exception):
-    """An attempt failed; another may succeed. ``sent``: whether the request may have reached a server."""
+    """An attempt brought no reply. ``hint``: what that may mean. ``final``: whether another attempt cannot succeed."""
 
-    def __init__(self, why: str, hint: str, *, sent: bool) -> None:
+    def __init__(self, why: str, hint: str = "", *, final: bool = False) -> None:
         super().__init__(why)
         self.hint = hint
-        self.sent = sent
+        self.final = final
+
+
+CRASHED = "the request may have crashed the server"
+UNANSWERED = "the server may be slow or hung, or ignores requests of this form"
+REJECTED = "it lacks the empty frame of REQ/REP before its body, or a frame exceeds --max-size"
 
 
 class Client:
     """Sends requests and waits for their replies, over the connections whose peers are ready, round-robin.
 
     The Guide's Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, at most N
-    times. Here an attempt also ends as soon as the connection's monitor says that the connection is lost, so that a
-    server that died is noticed without any limit.
+    times. Here an attempt also ends as soon as the connection ends, so that a server that died is noticed without any
+    limit.
 
     A malformed request can make a REP socket drop its next reply, which may be ours (libzmq's rep.cpp). As no
-    connection breaks, only a ``timeout`` and another attempt help against that.
+    connection ends, only a ``timeout`` and another attempt help against that.
     """
 
-    def __init__(self, connections: Connections, *, timeout: float = math.inf, retries: int = 3) -> None:
+    def __init__(self, connections: Iterable[Connection], *, timeout: float = math.inf, retries: int = 3) -> None:
         """Ask over ``connections``.
 
         ``timeout``: seconds for an attempt, from name resolution to reply. ``retries``: further attempts for each
         request.
         """
-        self._connections = connections
+        self._connections = list(connections)  # the one that was used last is the last one
         self._timeout = timeout
         self._retries = retries
+        self._sent = False  # whether a server may have received the current request
 
     def ask(self, frames: Sequence[bytes]) -> Reply:
         """Send ``frames`` as one request and return the reply.
@@ -148,78 +165,94 @@ class Client:
         Raises NoReply if no attempt brings one, or none can, and the request may have reached a server; else Failure.
         """
         started = time.monotonic()
-        sent = False
-        attempt = 0
-        while True:
-            attempt += 1
+        self._sent = False
+        hint = ""
+        for attempt in count(1):
             try:
                 return self._attempt(frames, time.monotonic() + self._timeout)
             except AttemptFailed as failed:
-                sent = sent or failed.sent
-                in_vain = not sent and not any(connection.peer.known for connection in self._connections)
-                if in_vain or attempt > self._retries:
-                    tries = f"{count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s"
-                    text = f"no reply to {abridge(frames[0])} ({tries}): {failed}" if sent else f"{failed} ({tries})"
-                    error = NoReply if sent else Failure
-                    raise error(f"{text}; {failed.hint}" if failed.hint else text) from None
+                # That the connection was lost says more of the request than what was seen later.
+                hint = hint if hint == CRASHED else failed.hint or hint
+                in_vain = not self._sent and not any(connection.known for connection in self._connections)
+                if failed.final or in_vain or attempt > self._retries:
+                    tries = f"({count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s)"
+                    text = f"no reply to {abridge(frames[0])} {tries}: {failed}" if self._sent else f"{failed} {tries}"
+                    raise self._failure(f"{text}; {hint}" if hint else text) from None
                 notify(f"{failed}; retrying ({attempt} of {self._retries})")
             except Failure as failure:
-                sent = sent or any(connection.last_used >= started for connection in self._connections)
-                raise (NoReply(failure.message) if sent else failure) from None
+                raise self._failure(failure.message) from None
+        raise AssertionError("count() ends")
+
+    def _failure(self, text: str) -> Failure:
+        return NoReply(text) if self._sent else Failure(text)
+
+    def update(self) -> list[Connection]:
+        """Keep up with the connections, and return those whose peers are ready.
+
+        Raises Failure if none of them can ever be ready.
+        """
+        ready = [connection for connection in self._connections if connection.update()]
+        if not ready:
+            fail_if_hopeless(self._connections)
+        return ready
 
     def _attempt(self, frames: Sequence[bytes], deadline: float) -> Reply:
         connection = self._wait_for_peer(deadline)
-        started = connection.last_used = time.monotonic()
+        started = time.monotonic()
+        self._sent = True
         try:
-            reply = self._exchange(connection, frames, deadline)
+            if not (reply := exchange(connection, frames, deadline)):
+                raise AttemptFailed(f"no reply from {connection.endpoint} within {self._timeout:g} s", UNANSWERED)
         except AttemptFailed:
-            self._connections.reopen(connection)  # that takes the request back, and whatever comes late
+            connection.renew()  # that takes the request back, and whatever comes late
             raise
         return Reply(reply, connection.endpoint, time.monotonic() - started)
 
     def _wait_for_peer(self, deadline: float) -> Connection:
         """Return the connection that has not been used for longest among those that are ready; wait for one."""
         while True:
-            if ready := self._connections.update():
-                return ready[0] if len(ready) == 1 else min(ready, key=attrgetter("last_used"))
-            if (now := time.monotonic()) >= deadline:
+            if ready := self.update():
+                self._connections.remove(ready[0])
+                self._connections.append(ready[0])
+                return ready[0]
+            if time.monotonic() >= deadline:
                 endpoints = ", ".join(connection.endpoint for connection in self._connections)
-                why = "; ".join(dict.fromkeys(connection.explain(now) for connection in self._connections))
-                raise AttemptFailed(f"no server at {endpoints} within {self._timeout:g} s: {why}", "", sent=False)
-            self._wait([], deadline)
+                why = "; ".join(dict.fromkeys(connection.trouble.reason for connection in self._connections))
+                raise AttemptFailed(f"no server at {endpoints} within {self._timeout:g} s: {why}")
+            wait(self._connections, [], deadline)
 
-    def _exchange(self, connection: Connection, frames: Sequence[bytes], deadline: float) -> list[zmq.Frame]:
-        """Send ``frames`` over ``connection`` and return the frames of the reply."""
-        losses = connection.peer.losses
-        try:
-            send(connection.socket, frames, NOW)
-        except zmq.Again:  # libzmq has just given the connection up, and sending would block for ever
-            raise AttemptFailed(f"connection to {connection.endpoint} lost", "", sent=False) from None
-        if reply := _spin(connection.socket):
+
+def exchange(connection: Connection, frames: Sequence[bytes], deadline: float) -> list[zmq.Frame]:
+    """Send ``frames`` over ``connection``, whose peer is ready, and return the frames of the reply.
+
+    There are none at ``deadline``. Raises AttemptFailed if the connection ends.
+    """
+    link = connection.link
+    lost = AttemptFailed(f"connection to {connection.endpoint} lost", CRASHED)
+    try:
+        send(link.socket, frames, NOW)
+    except zmq.Again:  # libzmq has just given the connection up, and sending would block for ever
+        raise lost from None
+    if reply := _spin(link.socket):
+        return reply
+    notice_at = time.monotonic() + NOTICE_DELAY
+    while True:
+        wait([connection], [link.socket], min(deadline, notice_at))
+        link.read_events()
+        ended = link.ended
+        # Only now: a reply that came before the connection ended lies in the socket.
+        if reply := receive(link.socket):
             return reply
-        notice_at = time.monotonic() + NOTICE_DELAY
-        while True:
-            self._wait([connection.socket], min(deadline, notice_at))
-            # Only now: a reply that came before the connection broke lies in the socket.
-            if reply := receive(connection.socket):
-                return reply
-            if connection.peer.losses > losses:
-                hint = "the request may have crashed the server, or a frame exceeds --max-size"
-                raise AttemptFailed(f"connection to {connection.endpoint} lost", hint, sent=True)
-            now = time.monotonic()
-            if now >= deadline:
-                late = f"no reply from {connection.endpoint} within {self._timeout:g} s"
-                raise AttemptFailed(late, "the server may be slow or hung", sent=True)
-            if now >= notice_at:
-                notify(f"waiting for a reply from {connection.endpoint}")
-                notice_at = math.inf
-
-    def _wait(self, sockets: Sequence[Socket], until: float) -> None:
-        """Wait until ``sockets`` or the connections may have something to say, a second at most; keep up with them."""
-        sources = [*sockets, *(source for connection in self._connections for source in connection.sources)]
-        pause = max(min(self._connections.pause(), until - time.monotonic()), 0)
-        zmq.zmq_poll([(source, zmq.POLLIN) for source in sources], math.ceil(pause * 1000))
-        self._connections.update()
+        if ended and link.was_rejected():
+            raise AttemptFailed(f"the reply from {connection.endpoint} was rejected: {REJECTED}", final=True)
+        if ended:
+            raise lost
+        now = time.monotonic()
+        if now >= deadline:
+            return []
+        if now >= notice_at:
+            notify(f"waiting for a reply from {connection.endpoint}")
+            notice_at = math.inf
 
 
 def _spin(socket: Socket) -> list[zmq.Frame]:

@@ -16,10 +16,10 @@ import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
+from zmqmsg.connection import NOTICE_DELAY, Connection, fail_if_hopeless, wait
 from zmqmsg.console import Form, Output, notify
-from zmqmsg.monitor import NOTICE_DELAY, Connections
 from zmqmsg.quoting import count_of, describe, quote, unquote
-from zmqmsg.sockets import IO_THREADS, Context, Secure, Socket, bound, is_local, open_socket, receive, send
+from zmqmsg.sockets import Context, Secure, Socket, bound, is_local, open_socket, receive, send
 
 RAPID = 20
 """Milliseconds to wait for the next request in recv, which takes one system call, before polling, which takes six."""
@@ -55,7 +55,7 @@ def run(
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
     secure_bound, secure_connected = _load_security(key, client_keys, server_key, bool(bind), bool(connect))
     # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
-    context: Context = zmq.Context.instance(min(1 + len(connect), IO_THREADS))
+    context: Context = zmq.Context.instance()
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
     server = Server(answer, output=None if quiet else Output(form), count=count, verbose=verbose)
     server.stop_on_signals()
@@ -64,8 +64,10 @@ def run(
         listener = stack.enter_context(open_rep(secure=secure_bound))
         listener.rcvtimeo = 0 if connect else RAPID
         open_worker = partial(open_rep, secure=secure_connected)
-        connections = Connections(connect, open_worker, needed=not bind, announce=True, verbose=verbose)
-        stack.enter_context(closing(connections))
+        connections = [
+            stack.enter_context(closing(Connection(endpoint, open_worker, announce=True, verbose=verbose)))
+            for endpoint in connect
+        ]
         for endpoint in bind:
             _announce(stack.enter_context(bound(listener, endpoint)), open_to_all=not client_keys)
         server.run([listener] if bind else [], connections)
@@ -210,30 +212,27 @@ class Server:
         self._stopping = False
         self._wakeup: list[int] = []
 
-    def run(self, bound_sockets: Sequence[Socket], connections: Connections) -> None:
+    def run(self, bound_sockets: Sequence[Socket], connections: Sequence[Connection] = ()) -> None:
         """Answer what comes to REP sockets, ``bound_sockets`` and those of ``connections``, until it is time to stop.
 
-        Raises Hopeless if no connection is left to serve, BrokenPipeError or Failure if a request cannot be printed.
+        Raises Failure if there is nothing left to serve, or if a request cannot be printed, and BrokenPipeError if its
+        reader is gone.
         """
         sockets = bound_sockets
-        is_worker = bool(connections)
         while not self._stopping:
-            if is_worker:
-                connections.update()
-                sockets = [*bound_sockets, *(connection.socket for connection in connections)]
+            if connections:
+                for connection in connections:
+                    connection.update()
+                sockets = [*bound_sockets, *(connection.link.socket for connection in connections)]
             idle = True
             for socket in sockets:
                 if not self._stopping and (request := receive(socket)):
                     self._serve(socket, request)
                     idle = False
             if idle:
-                self._wait(sockets, connections)
-
-    def _wait(self, sockets: Sequence[Socket], connections: Connections) -> None:
-        """Wait until sockets, connections or a signal may have something to say, a second at most."""
-        sources = [source for connection in connections for source in connection.sources]
-        items: list[Any] = [*sockets, *sources, *self._wakeup]
-        zmq.zmq_poll([(item, zmq.POLLIN) for item in items], math.ceil(connections.pause() * 1000))
+                if connections and not bound_sockets:
+                    fail_if_hopeless(connections)
+                wait(connections, [*sockets, *self._wakeup], math.inf)
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
         started = time.monotonic() if self._verbose else 0

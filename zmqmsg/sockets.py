@@ -17,11 +17,15 @@ Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 Secure = Callable[[Socket], None]  # sets the CURVE options
 
-HANDSHAKE_LIMIT = 5.0
-"""Seconds after which libzmq drops a connection whose handshake is not finished."""
+NEVER = 2**31 - 1
+"""Milliseconds after which libzmq may connect again by itself. Its own "never" (-1) would throw away a reply that came
+just before the end of the connection."""
 
-IO_THREADS = 62
-"""I/O threads at most in a context: libzmq chooses among them by a signed mask of 64 bits."""
+RECEIVE_LIMIT = 8
+"""Messages that libzmq receives ahead from each peer. With 1, a CURVE server with a ZAP handler receives nothing."""
+
+CONNECT_LIMIT = 10_000
+"""Milliseconds in which an address of a name has to accept a connection, or the next one is tried."""
 
 _TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
@@ -80,28 +84,19 @@ def new_socket(context: Context, socket_type: int) -> Socket:
 
 
 def open_socket(
-    context: Context,
-    socket_type: int,
-    *,
-    max_size: int = -1,
-    linger: int = 0,
-    thread: int = 0,
-    handshake_limit: float = HANDSHAKE_LIMIT,
-    secure: Secure | None = None,
+    context: Context, socket_type: int, *, max_size: int = -1, linger: int = 0, secure: Secure | None = None
 ) -> Socket:
     """Open a socket with the options that both commands share. ``receive`` does not wait on it.
 
     ``max_size``: bytes of the largest frame that a peer may send (-1: any). ``linger``: milliseconds for which closing
-    keeps what is not sent yet (-1: no limit). ``thread``: the number of the I/O thread that serves the socket.
-    ``handshake_limit``: seconds.
+    keeps what is not sent yet (-1: no limit).
     """
     socket = new_socket(context, socket_type)
     socket.rcvtimeo = 0
     socket.linger = linger
-    socket.affinity = 1 << thread % IO_THREADS
     socket.maxmsgsize = max_size
-    socket.handshake_ivl = max(1, int(handshake_limit * 1000))
-    socket.reconnect_ivl_max = 1000
+    socket.rcvhwm = RECEIVE_LIMIT
+    socket.reconnect_ivl = NEVER
     # A peer that is gone without a FIN is found within 30 s. Heartbeats would cut off slow large messages as well:
     # libzmq takes only a whole message for a sign of life.
     socket.tcp_keepalive = 1
@@ -114,6 +109,22 @@ def open_socket(
     if secure:
         secure(socket)
     return socket
+
+
+def open_monitor(socket: Socket, name: str, events: int) -> Socket:
+    """Return a socket that receives ``events`` of ``socket``, under a ``name`` of its own (inproc)."""
+    try:
+        monitor = socket.get_monitor_socket(events, name)
+    except zmq.ZMQError as error:
+        raise Failure(f"cannot open a socket: {error.strerror}") from error
+    monitor.linger = 0
+    return monitor
+
+
+def is_named(endpoint: str) -> bool:
+    """Return whether ``endpoint`` has a name that must be resolved before libzmq can connect to it."""
+    host = endpoint.removeprefix("tcp://").rpartition(":")[0].strip("[]")
+    return endpoint.startswith("tcp://") and ":" not in host and not re.fullmatch(r"[\d.]+", host)
 
 
 def connect(socket: Socket, endpoint: str) -> None:
