@@ -19,7 +19,9 @@ import pytest
 import zmq
 
 import zmqmsg
+from zmqmsg.answers import Answer
 from zmqmsg.serve import Server
+from zmqmsg.signals import StopSignals
 from zmqmsg.sockets import Context, Socket, bound, open_socket
 
 COMMAND = [sys.executable, "-m", "zmqmsg"]
@@ -314,7 +316,7 @@ def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0
 def echoing(context: Context, endpoint: str, count: int) -> Iterator[str]:
     """Let a Server echo ``count`` requests in a thread; the context gets the real endpoint."""
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        server = Server(lambda request: request, count=count)
+        server = Server(Answer(), StopSignals(), count=count)
         thread = threading.Thread(target=server.run, args=([socket],))
         thread.start()
         yield real
@@ -339,9 +341,3 @@ def processor_time(pid: int) -> float:
     """Return the seconds of processor time that the process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def catches(pid: int, number: int) -> bool:
-    """Return whether the process has a handler for the signal."""
-    caught = int(Path(f"/proc/{pid}/status").read_text().partition("SigCgt:")[2].split()[0], 16)
-    return bool(caught >> (number - 1) & 1)

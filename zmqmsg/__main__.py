@@ -1,15 +1,13 @@
 """What the console script ``zmqmsg`` and ``python -m zmqmsg`` run."""
 
-import signal
 import sys
+
+from zmqmsg.signals import end_at_once_by_default
 
 
 def main() -> None:
     """Run the command line and end the process with its exit status."""
-    # Ctrl-C ends the process as it ends any other: a shell shows 130, and a loop around it stops. It stays ignored
-    # where it is, as in a background job of a shell.
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_once_by_default()
 
     import click  # only now, so that Ctrl-C during the imports is silent, too
 

@@ -23,6 +23,9 @@ LONG_INPUT = 65536
 SILENCE = 0.5
 """Seconds without input after which a reader looks after something else."""
 
+STALL = 1.0
+"""Seconds after which an output counts as one that nobody reads."""
+
 HIDE_CURSOR = "\033[?25l"
 
 
@@ -31,9 +34,13 @@ class Failure(click.ClickException):
 
 
 class Form(NamedTuple):
-    """How messages look on standard input and output: each ended by ``end``, and as quoted lines or as they are."""
+    """How messages look as bytes: as they are, or as quoted lines.
 
-    end: bytes
+    ``separator`` ends a message in the input; ``terminator`` goes after each frame in the output.
+    """
+
+    separator: bytes
+    terminator: bytes
     quoted: bool
 
     @classmethod
@@ -41,22 +48,27 @@ class Form(NamedTuple):
         """Return the form that the options ask for; raise UsageError if they contradict each other."""
         if null and quoted:
             raise click.UsageError("--null and --quoted cannot be used together")
-        return cls(b"\0" if null else b"\n", quoted)
+        end = b"\0" if null else b"\n"
+        return cls(end, end, quoted)
+
+    def decode(self, message: bytes) -> list[bytes]:
+        """Return the frames of a message that was read, without its separator; raise ValueError if it is malformed."""
+        return unquote(message) if self.quoted else [message]
 
 
 # Standard error
 
 
 class _StandardError(io.TextIOBase):
-    """Standard error as notices and click's progress bar need it.
+    """Standard error, for notices and click's progress bar: unbuffered, and no reason to fail.
 
-    What cannot be written is dropped, since a notice is no reason to fail. So is what nobody reads: a reader that has
-    let a full pipe stand for a second is not waited for again until it reads on.
+    What cannot be written is dropped, and so is what nobody reads for a second, or at all until somebody reads again: a
+    terminal that is stopped by Ctrl-S must not keep a signal from ending us. What a buffer kept would fail again when
+    Python ends, with status 120.
     """
 
-    def __init__(self) -> None:
-        self._stalled = False
-        self._line_begun = False
+    line_begun = False
+    _stalled = False
 
     def isatty(self) -> bool:
         return _is_terminal(sys.stderr)
@@ -68,17 +80,11 @@ class _StandardError(io.TextIOBase):
         )
         stream = _raw(sys.stderr)
         with suppress(OSError):
-            if stream and select.select([], [stream], [], 0 if self._stalled else 1)[1]:
+            self._stalled = not (stream and select.select([], [stream], [], 0 if self._stalled else STALL)[1])
+            if not self._stalled:
                 stream.write(data)
-                self._line_begun = not text.endswith("\n")
-                self._stalled = False
-            else:
-                self._stalled = True
+                self.line_begun = not text.endswith("\n")
         return len(text)
-
-    def write_line(self, text: str) -> None:
-        """Write ``text`` on a line of its own: below the progress bar, if there is one."""
-        self.write("\n" * self._line_begun + text + "\n")
 
 
 _standard_error = _StandardError()
@@ -89,7 +95,8 @@ def notify(text: str, colour: str = "cyan") -> None:
     line = "zmqmsg: " + escape_line(text)
     if _standard_error.isatty() and not os.environ.get("NO_COLOR"):
         line = line.replace("zmqmsg:", click.style("zmqmsg:", fg=colour), 1)
-    _standard_error.write_line(line)
+    # Below the progress bar, if there is one.
+    _standard_error.write("\n" * _standard_error.line_begun + line + "\n")
 
 
 def show_error(error: click.ClickException) -> None:
@@ -109,39 +116,73 @@ class Output:
     """Standard output, for messages alone: each is written at once, as bytes or, on a terminal, as readable text."""
 
     def __init__(self, form: Form) -> None:
-        self._end = form.end
-        self._quoted = form.quoted
+        """Write messages in ``form``."""
+        self._form = form
         self._stream = _raw(sys.stdout)
         self._terminal = _is_terminal(sys.stdout)
+        self._piece = self._choose_piece()
+        self._unwritten: list[Any] = []
+        self._told = False
 
-    def write(self, frames: Sequence[Any]) -> None:
-        """Write ``frames``, one or more, which are bytes or have them in a buffer.
-
-        Raises BrokenPipeError if the reader is gone, Failure if it fails otherwise.
-        """
-        if self._quoted or self._terminal:
+    def write(self, frames: Sequence[Any]) -> bool:
+        """Write ``frames``, one or more, which are bytes or have them in a buffer; return as ``flush()`` does."""
+        if self._form.quoted or self._terminal:
             frames = [self._make_readable([bytes(frame) for frame in frames])]
+        terminator = self._form.terminator
+        if len(frames) == 1 and len(frames[0]) >= CHUNK:
+            self._unwritten = [frames[0], terminator]
+        else:
+            self._unwritten = [terminator.join([*frames, b""])]
+        return self.flush()
+
+    def flush(self) -> bool:
+        """Write what is not written yet; return False if nobody has read for a second, and so there is still some.
+
+        Raises BrokenPipeError if the reader is gone, Failure if writing fails otherwise.
+        """
         try:
-            if len(frames) == 1 and len(frames[0]) >= CHUNK:
-                self._write(frames[0])
-                self._write(self._end)
-            else:
-                self._write(self._end.join([*frames, b""]))
+            while self._unwritten:
+                data = self._unwritten[0]
+                if self._piece and not self._is_writable():
+                    return False
+                written = self._write(memoryview(data)[: self._piece] if self._piece else data)
+                if written == len(data):
+                    del self._unwritten[0]
+                else:
+                    self._unwritten[0] = memoryview(data)[written:]
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
             raise Failure(f"cannot write to standard output: {error.strerror}") from error
+        return True
 
-    def _make_readable(self, frames: Sequence[bytes]) -> bytes:
-        return quote(frames) if self._quoted or len(frames) > 1 else escape(frames[0])
+    def _choose_piece(self) -> int:
+        """Return how many bytes can be written without waiting where some can; 0 for a file: nobody has to read it.
 
-    def _write(self, data: Any) -> None:
+        So a reader that stops never keeps us in a system call. A terminal's buffer is given out in pieces of 256 bytes.
+        """
+        if self._terminal:
+            return 256
+        if self._stream is None:
+            return 0
+        mode = os.fstat(self._stream.fileno()).st_mode
+        return select.PIPE_BUF if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else 0
+
+    def _is_writable(self) -> bool:
+        if select.select([], [self._stream], [], STALL)[1]:
+            return True
+        if not self._told:
+            notify("standard output is not being read; waiting until it is", "yellow")
+            self._told = True
+        return False
+
+    def _write(self, data: Any) -> int:
         if self._stream is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        while (written := self._stream.write(data)) != len(data):
-            if written is None:  # Python's word for EAGAIN
-                raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
-            data = memoryview(data)[written:]
+        return self._stream.write(data) or 0  # None, for EAGAIN of a non-blocking descriptor
+
+    def _make_readable(self, frames: Sequence[bytes]) -> bytes:
+        return quote(frames) if self._form.quoted or len(frames) > 1 else escape(frames[0])
 
 
 # Messages
@@ -165,17 +206,17 @@ def read_messages(arguments: Sequence[str], files: Sequence[str], form: Form) ->
         if _is_terminal(sys.stdin):
             notify("reading messages, one per line; press Ctrl-D to finish")
         number = 0
-        for line in _show_progress(_split(_read_standard_input(), form.end)):
+        for line in _show_progress(_split(_read_standard_input(), form.separator)):
             if line is None:
                 yield None
             else:
                 number += 1
-                yield _unquote_line(line, number) if form.quoted else [line]
+                yield _decode_line(line, number, form)
 
 
-def _unquote_line(line: bytes, number: int) -> list[bytes]:
+def _decode_line(line: bytes, number: int, form: Form) -> list[bytes]:
     try:
-        return unquote(line)
+        return form.decode(line)
     except ValueError as error:
         raise Failure(f"line {number} of standard input: {error}") from error
 

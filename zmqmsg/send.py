@@ -67,7 +67,9 @@ def run(
                 client.update()
                 continue
             reply = client.ask(frames)
-            output.write(reply.frames)
+            written = output.write(reply.frames)
+            while not written:
+                written = output.flush()
             if verbose:
                 times.add(reply)
 
