@@ -2,12 +2,14 @@
 
 import ctypes.util
 import os
+import resource
 import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
@@ -23,13 +25,20 @@ from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from zmqmsg.cli import cli
-from zmqmsg.curve import ClientKeys, KeyPair, load_key_pair, load_public_key, start_zap_handler
+from zmqmsg.curve import ClientKeys, CurveKeys, load_key_pair, load_public_key, start_zap_handler
 from zmqmsg.sockets import Context, Socket
 
-from conftest import COMMAND, LIMIT, LINUX, Process, Send, Serve, Start, address, broker, memory, relay
+from conftest import COMMAND, LIMIT, LINUX, Process, Send, Serve, Start, address, broker, memory, relay, until
 from zmtp import command, greeting, ready, request
 
 soak = pytest.mark.soak
+
+
+class KeyPair(NamedTuple):
+    """A CURVE key, each half as 40 characters of Z85."""
+
+    public: bytes
+    secret: bytes
 
 
 class Pair(NamedTuple):
@@ -53,7 +62,7 @@ class Keys(NamedTuple):
 
 
 def new_pair(directory: Path, name: str) -> Pair:
-    load_key_pair(directory / f"{name}.key_secret")
+    load_key_pair(str(directory / f"{name}.key_secret"))
     return Pair(directory / f"{name}.key_secret", directory / f"{name}.key")
 
 
@@ -115,14 +124,14 @@ def test_a_missing_key_is_created_with_its_public_half_beside_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, public: str
 ) -> None:
     own = tmp_path / name
-    key = load_key_pair(own)
+    key = KeyPair(*load_key_pair(str(own)))
     assert {path.name for path in tmp_path.iterdir()} == {name, public}
     assert zmq.auth.load_certificate(own) == (key.public, key.secret)
     assert zmq.auth.load_certificate(tmp_path / public) == (key.public, None)
     assert zmq.curve_public(key.secret) == key.public
     notice = capfd.readouterr().err
     assert f"created {own}; give its public half, {tmp_path / public}, to your peers" in notice
-    assert load_key_pair(own) == key
+    assert load_key_pair(str(own)) == key
     assert capfd.readouterr().err == "", "nothing is created the second time"
 
 
@@ -139,9 +148,9 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "me.key").write_text("precious")
     (tmp_path / "link.key_secret").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(click.UsageError, match=f"cannot create key file {tmp_path}/me.key: File exists"):
-        load_key_pair(tmp_path / "me.key_secret")
-    with pytest.raises(click.UsageError, match=f"cannot create key file {tmp_path}/link.key_secret: File exists"):
-        load_key_pair(tmp_path / "link.key_secret")
+        load_key_pair(str(tmp_path / "me.key_secret"))
+    with pytest.raises(click.UsageError, match=f"cannot read key file {tmp_path}/link.key_secret: No such file"):
+        load_key_pair(str(tmp_path / "link.key_secret"))
     assert (tmp_path / "me.key").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.key_secret", "me.key"]
 
@@ -149,8 +158,8 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["missing", "file", pytest.param("/proc", marks=LINUX)])
 def test_a_key_that_cannot_be_created_is_an_error_that_names_the_file(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(click.UsageError, match=f"cannot create key file .*{place}/me.key: "):
-        load_key_pair(tmp_path / place / "me.key_secret")
+    with pytest.raises(click.UsageError, match=f"cannot create key file .*{place}/me.key_secret: "):
+        load_key_pair(str(tmp_path / place / "me.key_secret"))
 
 
 def test_a_full_disk_leaves_no_half_of_a_key_behind(tmp_path: Path, echo: str) -> None:
@@ -167,9 +176,9 @@ def test_a_secret_key_that_others_may_use_is_refused_with_the_command_that_helps
     own = new_pair(tmp_path, "my own").secret
     own.chmod(mode)
     with pytest.raises(click.UsageError, match=f"others may read the secret key in {own}; run: ") as refusal:
-        load_key_pair(own)
+        load_key_pair(str(own))
     subprocess.run(["sh", "-c", refusal.value.message.partition("run: ")[2]], check=True)
-    assert load_key_pair(own).secret
+    assert load_key_pair(str(own))
 
 
 NO_KEYS = {
@@ -188,31 +197,99 @@ NO_KEYS = {
 @pytest.mark.parametrize("content", NO_KEYS.values(), ids=NO_KEYS)
 @pytest.mark.parametrize("load", [load_key_pair, load_public_key])
 def test_a_file_that_is_no_key_is_refused_by_name(
-    tmp_path: Path, content: bytes, load: Callable[[Path], object]
+    tmp_path: Path, content: bytes, load: Callable[[str], object]
 ) -> None:
     (tmp_path / "wrong").write_bytes(content)
     (tmp_path / "wrong").chmod(0o600)
     with pytest.raises(click.UsageError, match=f"{tmp_path}/wrong is not a CURVE key file"):
-        load(tmp_path / "wrong")
+        load(str(tmp_path / "wrong"))
 
 
 @pytest.mark.parametrize("load", [load_key_pair, load_public_key])
-@pytest.mark.parametrize("kind", ["directory", "fifo", "device"])
-def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, kind: str, load: Callable[[Path], object]) -> None:
+@pytest.mark.parametrize("kind", ["directory", "device"])
+def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, kind: str, load: Callable[[str], object]) -> None:
     (tmp_path / "directory").mkdir()
-    os.mkfifo(tmp_path / "fifo")
     (tmp_path / "device").symlink_to("/dev/zero")
-    with pytest.raises(click.UsageError, match=f"{tmp_path}/{kind} is not a CURVE key file: not a regular file"):
-        load(tmp_path / kind)
+    with pytest.raises(click.UsageError, match=f"{tmp_path}/{kind} is not a CURVE key file: it is not a regular file"):
+        load(str(tmp_path / kind))
 
 
 def test_one_half_in_place_of_the_other_or_none_is_refused_by_name(keys: Keys, tmp_path: Path) -> None:
-    with pytest.raises(click.UsageError, match=f"{keys.alice.secret} is a secret key; pass its public half"):
-        load_public_key(keys.alice.secret)
+    with pytest.raises(
+        click.UsageError, match=f"{keys.alice.secret} is a secret key; pass its public half, {keys.alice.public}"
+    ):
+        load_public_key(str(keys.alice.secret))
     with pytest.raises(click.UsageError, match=f"{keys.alice.public} is a public key"):
-        load_key_pair(keys.alice.public)
+        load_key_pair(str(keys.alice.public))
     with pytest.raises(click.UsageError, match=f"cannot read key file {tmp_path}/none: No such file"):
-        load_public_key(tmp_path / "none")
+        load_public_key(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("load", [load_key_pair, load_public_key])
+def test_a_fifo_is_read_as_a_key_file(keys: Keys, tmp_path: Path, load: Callable[[str], object]) -> None:
+    """As of ``--key <(pass show server)``, whose writer may be slow."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo, 0o600)
+    pair = keys.alice
+    source = pair.secret if load is load_key_pair else pair.public
+
+    def write() -> None:
+        time.sleep(0.2)
+        fifo.write_bytes(source.read_bytes())
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    assert load(str(fifo)) in (tuple(pair.key), pair.key.public)
+    writer.join(LIMIT)
+
+
+def test_a_public_key_may_stand_alone_in_its_file(tmp_path: Path, keys: Keys) -> None:
+    (tmp_path / "bare").write_bytes(keys.alice.key.public + b"\n")
+    assert load_public_key(str(tmp_path / "bare")) == keys.alice.key.public
+
+
+def test_a_missing_public_half_is_written_again(keys: Keys) -> None:
+    keys.alice.public.unlink()
+    load_key_pair(str(keys.alice.secret))
+    assert load_public_key(str(keys.alice.public)) == keys.alice.key.public
+
+
+def test_processes_that_create_one_key_at_once_all_get_the_same(tmp_path: Path, start: Start) -> None:
+    key = tmp_path / "server.key_secret"
+    servers = [start("serve", "--bind", "tcp://127.0.0.1:*", "--key", str(key)) for _ in range(6)]
+    for server in servers:
+        server.wait_for_notice("listening")
+    assert sum("created" in notice for server in servers for notice in server.notices) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"server.key_secret", "server.key"}
+    assert KeyPair(*load_key_pair(str(key))).public == load_public_key(str(tmp_path / "server.key"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a file away")
+def test_a_secret_key_that_root_has_mounted_for_our_group_is_accepted(keys: Keys, tmp_path: Path) -> None:
+    """As a container's orchestrator does."""
+
+    for directory in (keys.server.secret.parent, tmp_path, *tmp_path.parents[:-1]):
+        directory.chmod(directory.stat().st_mode | 0o011)
+    os.chown(keys.server.secret, 0, 65534)
+    os.setegid(65534)
+    os.seteuid(65534)
+    try:
+        assert [accepts(keys.server.secret, mode) for mode in (0o640, 0o660, 0o644)] == [True, False, False]
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def accepts(secret: Path, mode: int) -> bool:
+    """Return whether ``secret`` is accepted with ``mode``, which root gives it."""
+    nobody = os.geteuid()
+    os.seteuid(0)
+    secret.chmod(mode)
+    os.seteuid(nobody)
+    try:
+        return bool(load_key_pair(str(secret)))
+    except click.UsageError:
+        return False
 
 
 # Certificates of others
@@ -424,9 +501,9 @@ def test_a_file_that_is_no_public_key_is_told_of_once_and_everything_else_goes_o
 
 
 def test_a_key_file_that_is_half_written_lets_nobody_in(keys: Keys, clients: Path) -> None:
-    known = ClientKeys(clients)
+    known = ClientKeys(str(clients))
     text, public = keys.alice.public.read_text(), keys.alice.key.public
-    complete = text.index(public.decode()) + len(public)
+    complete = text.index(public.decode()) + len(public) + len('"')
     for length in range(len(text) + 1):
         (clients / "alice.key").write_text(text[:length])
         assert known.find(public) == ("alice.key" if length >= complete else None)
@@ -435,12 +512,45 @@ def test_a_key_file_that_is_half_written_lets_nobody_in(keys: Keys, clients: Pat
 def test_a_single_file_of_client_keys_may_change_and_go_as_well(keys: Keys, tmp_path: Path) -> None:
     path = tmp_path / "client.key"
     shutil.copy(keys.alice.public, path)
-    known = ClientKeys(path)
+    known = ClientKeys(str(path))
     assert known.find(keys.alice.key.public) == "client.key"
     os.replace(shutil.copy(keys.stranger.public, tmp_path / "new"), path)
     assert (known.find(keys.alice.key.public), known.find(keys.stranger.key.public)) == (None, "client.key")
     path.unlink()
     assert known.find(keys.stranger.key.public) is None
+
+
+def test_without_descriptors_nobody_is_let_in_who_was_known_before(keys: Keys, clients: Path) -> None:
+    """What cannot be known just now is no reason to let somebody in, nor to refuse somebody for good."""
+    for pair in (keys.alice, keys.server):
+        shutil.copy(pair.public, clients)
+    known = ClientKeys(str(clients))
+    server, alice, stranger = (pair.key.public for pair in keys)
+    (clients / "alice.key").unlink()
+    shutil.copy(keys.stranger.public, clients)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    free = os.dup(0)
+    os.close(free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+    try:
+        for public in (alice, stranger) * 3:
+            with pytest.raises(OSError, match=r"Too many open files|temporarily unavailable"):
+                known.find(public)
+        assert known.find(server) == "server.key", "its file is unchanged"
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    until(lambda: known.find(stranger) == "stranger.key")
+    assert known.find(alice) is None
+
+
+def test_unknown_keys_take_a_small_share_of_the_time_however_many_are_known(clients: Path) -> None:
+    for number in range(1000):
+        (clients / f"{number}.key").write_bytes(zmq.curve_keypair()[0])
+    known = ClientKeys(str(clients))
+    started = time.monotonic()
+    for _ in range(2000):
+        assert known.find(b"?" * 40) is None
+    assert time.monotonic() - started < 2, "milliseconds for each, if each were a scan"
 
 
 def test_looking_a_key_up_among_1000_takes_at_most_5_ms_more_than_among_one(clients: Path, tmp_path: Path) -> None:
@@ -451,7 +561,7 @@ def test_looking_a_key_up_among_1000_takes_at_most_5_ms_more_than_among_one(clie
     shutil.copy(clients / "999.key", tmp_path / "one")
 
     def fastest(path: Path) -> float:
-        known = ClientKeys(path)
+        known = ClientKeys(str(path))
         times = []
         for _ in range(50):
             started = time.perf_counter()
@@ -545,7 +655,7 @@ def test_nothing_that_a_stranger_says_reaches_the_server(
 def zap(keys: Keys) -> Iterator[Socket]:
     """A REQ socket that asks the handler for Alice's key alone as libzmq does, from inside the process."""
     context: Context = zmq.Context()
-    start_zap_handler(context, ClientKeys(keys.alice.public))
+    start_zap_handler(context, ClientKeys(str(keys.alice.public)))
     with context.socket(zmq.REQ) as asking:
         asking.linger = 0
         asking.rcvtimeo = LIMIT * 1000
@@ -601,7 +711,7 @@ def test_a_worker_with_a_key_serves_a_broker_that_knows_it_alone(keys: Keys, sta
     def secure(bound: Socket) -> None:
         curve_server(keys.server.key)(bound)
         if bound.type == zmq.DEALER:
-            start_zap_handler(bound.context, ClientKeys(keys.alice.public))
+            start_zap_handler(bound.context, ClientKeys(str(keys.alice.public)))
             bound.zap_domain = b"workers"
 
     with broker(secure=secure) as (front, back):
@@ -666,7 +776,7 @@ def test_no_output_shows_a_secret_key(keys: Keys, clients: Path, tmp_path: Path,
     ]
     assert [process.returncode for process in done] == [0, 1, 2, 2]
     output = b"".join(process.stdout + process.stderr for process in done) + "".join(stop(server)[2]).encode()
-    output += repr(keys.alice.key).encode()
+    output += repr(CurveKeys(*keys.alice.key)).encode()
     assert keys.stranger.key.public in output
     for half in (server_secret, secret, keys.stranger.key.secret):
         assert half[:10] not in output

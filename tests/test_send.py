@@ -187,7 +187,8 @@ def test_an_old_peer_serves_within_a_second_and_after_a_restart(start: Start, ta
         status, output, notices = sender.finish()
     assert (status, output) == (3, b"")
     lost = f"zmqmsg: connection to {endpoint} lost; retrying"
-    assert [notice for notice in notices if "retrying" in notice] == [f"{lost} ({number} of 3)" for number in (1, 2, 3)]
+    retries = [notice for notice in notices if "retrying" in notice]
+    assert retries[-3:] == [f"{lost} ({number} of 3)" for number in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("talk", [echo_as_zmtp_1, echo_as_zmtp_2])

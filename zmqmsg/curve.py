@@ -1,29 +1,36 @@
 """CURVE keys: load and create them, apply them to sockets, and decide which clients are let in (ZAP, RFC 27)."""
 
 import errno
+import math
 import os
+import re
+import select
 import stat
 import struct
 import time
 from contextlib import suppress
-from pathlib import Path
+from itertools import islice
 from shlex import quote
 from threading import Thread
 from typing import NamedTuple
 
 import click
 import zmq
-from zmq.auth.certs import load_certificate
 from zmq.utils import z85
 
 from zmqmsg.console import notify
-from zmqmsg.sockets import Context, Secure, Socket, new_socket
-
-OTHERS = 0o077
-"""Mode bits that a secret key file must not have."""
+from zmqmsg.sockets import Context, Socket, new_socket
 
 KEY_FILE_LIMIT = 65536
 """Bytes that a key file may have."""
+
+EXAMPLE = 'it has a line like this one: public-key = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"'
+
+TEMPORARY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
+"""Why a file cannot be read just now, though it could be at another time."""
+
+SCAN_SHARE = 5
+"""How many times the duration of the last scan of all client keys passes before the next one, for unknown keys."""
 
 REFUSAL_INTERVAL = 60.0
 """Seconds in which the same refused client is told of once."""
@@ -31,136 +38,172 @@ REFUSAL_INTERVAL = 60.0
 REFUSAL_LIMIT = 20
 """Refused clients that are told of at most within REFUSAL_INTERVAL."""
 
+_HALF = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\n]*)"', re.MULTILINE)
 
-class KeyPair(NamedTuple):
-    """A CURVE key, each half as 40 characters of Z85."""
+
+class CurveKeys(NamedTuple):
+    """The CURVE keys of a socket, each as 40 characters of Z85.
+
+    ``server``: the public key of the server that a client talks to; empty for a server itself. ``clients``: those that
+    a server lets in; None lets anybody in.
+    """
 
     public: bytes
     secret: bytes
+    server: bytes = b""
+    clients: "ClientKeys | None" = None
 
     def __repr__(self) -> str:
         """Return nothing of the secret, wherever it may be printed."""
-        return f"KeyPair({self.public!r})"
+        return f"CurveKeys({self.public!r})"
+
+    def apply(self, socket: Socket) -> None:
+        """Let ``socket``, which is not bound or connected yet, use the keys."""
+        socket.curve_publickey, socket.curve_secretkey = self.public, self.secret
+        if self.server:
+            socket.curve_serverkey = self.server
+            return
+        socket.curve_server = True
+        if self.clients:
+            start_zap_handler(socket.context, self.clients)
+            socket.zap_domain = b"zmqmsg"
+            # Without it, libzmq would let everybody in if there were no ZAP handler.
+            socket.zap_enforce_domain = True
 
 
 # What the options ask for
 
 
-def client_security(key: str | None, server_key: str | None) -> Secure:
-    """Return what makes a socket a CURVE client that talks to the holder of ``server_key`` alone.
+def load_client_keys(key: str | None, server_key: str | None) -> CurveKeys:
+    """Return the keys of a client that talks to the holder of ``server_key`` alone.
 
     Without ``key`` it has a key pair of this run only. Raises UsageError, naming the file, if anything is wrong.
     """
     if not server_key:
         raise click.UsageError("--key needs --server-key: the public key file of the server")
-    own = load_key_pair(Path(key)) if key else KeyPair(*zmq.curve_keypair())
-    server = load_public_key(Path(server_key))
-
-    def secure(socket: Socket) -> None:
-        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = own.public, own.secret, server
-
-    return secure
+    public, secret = load_key_pair(key) if key else zmq.curve_keypair()
+    return CurveKeys(public, secret, load_public_key(server_key))
 
 
-def server_security(
-    key: str | None, client_keys: str | None, server_key: str | None, *, binds: bool, connects: bool
-) -> tuple[Secure | None, Secure | None]:
-    """Return what makes the bound socket of ``serve`` a CURVE server, and the connected ones CURVE clients.
+def load_server_keys(key: str, client_keys: str | None) -> CurveKeys:
+    """Return the keys of a server that lets in the clients whose keys are at ``client_keys``; None: everybody.
 
-    Raises UsageError if an option is missing, or naming the file if anything is wrong with it.
+    Raises UsageError, naming the file, if anything is wrong.
     """
-    if client_keys and not (key and binds):
-        raise click.UsageError("--client-keys needs --key, and an endpoint that is bound")
-    if server_key and not connects:
-        raise click.UsageError("--server-key needs --connect")
-    if key and connects and not server_key:
-        raise click.UsageError("--key with --connect needs --server-key: the public key file of the broker")
-    if server_key and binds and not key:
-        raise click.UsageError("--server-key with --bind needs --key, otherwise the bound endpoint is not encrypted")
-    own = load_key_pair(Path(key)) if key and binds else None
-    clients = ClientKeys(Path(client_keys)) if client_keys else None
-
-    def secure(socket: Socket) -> None:
-        assert own
-        if clients:
-            start_zap_handler(socket.context, clients)
-            socket.zap_domain = b"zmqmsg"
-            # Without it, libzmq would let everybody in if there were no ZAP handler.
-            socket.zap_enforce_domain = True
-        socket.curve_server = True
-        socket.curve_secretkey = own.secret
-
-    return secure if own else None, client_security(key, server_key) if server_key else None
+    public, secret = load_key_pair(key)
+    return CurveKeys(public, secret, clients=ClientKeys(client_keys) if client_keys is not None else None)
 
 
 # Key files, as pyzmq and CZMQ have them
 
 
-def load_key_pair(path: Path) -> KeyPair:
-    """Load the secret key file at ``path``, created if it is missing; raise UsageError if it cannot be used."""
-    if not os.path.exists(path):
-        _create(path)
-        notify(f"created {path}; give its public half, {public_path(path)}, to your peers")
-    public, secret = _load(path)
+def load_key_pair(path: str) -> tuple[bytes, bytes]:
+    """Return the public and the secret key in the file at ``path``, created if it is missing.
+
+    A missing public half beside it is written again. Raises UsageError if the file cannot be used.
+    """
+    created = not os.path.exists(path) and _create(path)
+    public, secret, status = _load(path, fifo=True)
     if not secret:
         raise click.UsageError(f"{path} is a public key; pass the secret key file")
-    if path.stat().st_mode & OTHERS:
-        raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {quote(str(path))}")
-    return KeyPair(public, secret)
-
-
-def load_public_key(path: Path) -> bytes:
-    """Return the public key in the file at ``path``; raise UsageError if it is none, or a secret one."""
-    public, secret = _load(path)
-    if secret:
-        raise click.UsageError(f"{path} is a secret key; pass its public half")
-    return public
-
-
-def public_path(own: Path) -> Path:
-    """Return where the public half of the secret key file ``own`` is."""
-    return own.with_name(own.name.removesuffix("_secret") if own.name.endswith(".key_secret") else f"{own.name}.pub")
-
-
-def _load(path: Path) -> tuple[bytes, bytes | None]:
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode) or status.st_size > KEY_FILE_LIMIT:
-            raise click.UsageError(f"{path} is not a CURVE key file: not a regular file, or too large")
-        public, secret = load_certificate(path)
-        for half in (public, secret or public):
-            if len(z85.decode(half)) != 32:
-                raise ValueError
-    except OSError as error:
-        raise click.UsageError(f"cannot read key file {path}: {error.strerror}") from error
-    except (ValueError, IndexError, KeyError, struct.error) as error:  # the latter from pyzmq's readers
-        raise click.UsageError(f"{path} is not a CURVE key file") from error
+    # As PostgreSQL has it: a container's orchestrator mounts secrets for a group.
+    forbidden = 0o037 if status.st_uid == 0 != os.geteuid() else 0o077
+    if status.st_mode & forbidden:
+        raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {quote(path)}")
+    if stat.S_ISREG(status.st_mode) and not os.path.lexists(public_path(path)):
+        with suppress(click.UsageError):  # it is not needed here
+            _write(public_path(path), _certificate(public), 0o644)
+    if created:
+        notify(f"created {path}; give its public half, {public_path(path)}, to your peers")
     return public, secret
 
 
-def _create(own: Path) -> None:
-    """Write both halves of a new key. pyzmq's own writer overwrites files, and lets others read the secret."""
-    public, secret = (half.decode() for half in zmq.curve_keypair())
-    text = f'metadata\ncurve\n    public-key = "{public}"\n'
-    _write(public_path(own), text, 0o644)
-    try:
-        _write(own, f'{text}    secret-key = "{secret}"\n', 0o600)
-    except click.UsageError:
-        public_path(own).unlink()
-        raise
+def load_public_key(path: str, *, fifo: bool = True) -> bytes:
+    """Return the public key in the file at ``path``; raise UsageError if it is none, or a secret one."""
+    public, secret, _status = _load(path, fifo=fifo)
+    if secret:
+        raise click.UsageError(f"{path} is a secret key; pass its public half, {public_path(path)}")
+    return public
 
 
-def _write(path: Path, text: str, mode: int) -> None:
+def public_path(path: str) -> str:
+    """Return where the public half of the secret key file at ``path`` is."""
+    return path.removesuffix("_secret") if path.endswith(".key_secret") else f"{path}.pub"
+
+
+def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
+    """Return both keys in the file at ``path``, the secret one empty if there is none, and the file's status.
+
+    ``fifo``: whether it may be a FIFO, which is waited for. Raises UsageError, from an OSError if it cannot be read.
+    """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        data, status = _read(path, fifo=fifo)
+    except OSError as error:
+        raise click.UsageError(f"cannot read key file {path}: {error.strerror}") from error
+    halves = dict(reversed(_HALF.findall(data))) or {b"public": data.strip()}
+    keys = [halves.get(b"public", b""), *([halves[b"secret"]] if b"secret" in halves else [])]
+    try:
+        valid = all(len(z85.decode(key)) == 32 for key in keys)
+    except (ValueError, KeyError, IndexError, struct.error):  # the latter from pyzmq
+        valid = False
+    if not valid:
+        raise click.UsageError(f"{path} is not a CURVE key file: {EXAMPLE}")
+    return keys[0], keys[1] if len(keys) > 1 else b"", status
+
+
+def _read(path: str, *, fifo: bool) -> tuple[bytes, os.stat_result]:
+    # A FIFO without a writer would keep the ordinary open waiting, also where a file was swapped for one just now.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        status = os.fstat(descriptor)
+        if not (stat.S_ISREG(status.st_mode) or (fifo and stat.S_ISFIFO(status.st_mode))):
+            raise click.UsageError(f"{path} is not a CURVE key file: it is not a regular file")
+        data = b""
+        poll = select.poll()
+        poll.register(descriptor, select.POLLIN)
+        while len(data) <= KEY_FILE_LIMIT and poll.poll() and (more := os.read(descriptor, KEY_FILE_LIMIT)):
+            data += more
+    finally:
+        os.close(descriptor)
+    if len(data) > KEY_FILE_LIMIT:
+        raise click.UsageError(f"{path} is not a CURVE key file: it is too large")
+    return data, status
+
+
+def _create(path: str) -> bool:
+    """Write both halves of a new key, the secret one first; return whether that was done here, not by another process.
+
+    pyzmq's own writer overwrites files, and lets others read the secret.
+    """
+    public, secret = zmq.curve_keypair()
+    if os.path.lexists(public_path(path)) and not os.path.exists(path):
+        raise click.UsageError(f"cannot create key file {public_path(path)}: {os.strerror(errno.EEXIST)}")
+    if not _write(path, f'{_certificate(public)}    secret-key = "{secret.decode()}"\n', 0o600):
+        return False
+    _write(public_path(path), _certificate(public), 0o644)
+    return True
+
+
+def _certificate(public: bytes) -> str:
+    return f'metadata\ncurve\n    public-key = "{public.decode()}"\n'
+
+
+def _write(path: str, text: str, mode: int) -> bool:
+    """Create the file at ``path``, whole or not at all; return False if there is one. Raises UsageError."""
+    draft = f"{path}.{os.getpid()}"
+    try:
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with open(descriptor, "w") as file:
                 file.write(text)
-        except OSError:
-            path.unlink()
-            raise
+            os.link(draft, path)
+        finally:
+            os.unlink(draft)
+    except FileExistsError:
+        return False
     except OSError as error:
         raise click.UsageError(f"cannot create key file {path}: {error.strerror}") from error
+    return True
 
 
 # Which clients are let in
@@ -169,63 +212,98 @@ def _write(path: Path, text: str, mode: int) -> None:
 class ClientKeys:
     """The public keys in a file, or in the files of a directory, as they are at each look-up.
 
-    A file is read again only when it has changed. One that is not a public key lets nobody in; a notice names it.
+    A known key counts as long as its file is unchanged, which takes one look at that file. Others take a scan of all
+    files, of which only those are read that have changed; scans take a limited share of the time, so that strangers
+    cannot keep clients waiting. A file that is not a public key lets nobody in; a notice names it.
     """
 
-    def __init__(self, path: Path) -> None:
-        """Read the keys at ``path``; raise UsageError if there is nothing."""
+    def __init__(self, path: str) -> None:
+        """Read the keys at ``path``; raise UsageError if there is nothing, or nothing that can be read."""
         if not os.path.exists(path):
             raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
-        self._path = str(path)
-        self._signatures: dict[str, tuple[int, ...]] = {}
-        self._keys: dict[str, bytes | None] = {}
-        self._files: dict[bytes, str] = {}
-        self._refresh()
-        if not self._files:
+        self._path = path
+        self._signature: Signature = ()
+        self._files: dict[str, tuple[Signature, bytes | None]] = {}
+        self._paths: dict[bytes, str] = {}
+        self._complete = False  # whether all could be read in the last scan
+        self._next_scan = -math.inf
+        try:
+            self._scan()
+        except OSError as error:
+            raise click.UsageError(f"cannot read {path}: {error.strerror}") from error
+        if not self._paths:
             notify(f"no client can connect until there is a public key in {path}", "yellow")
 
     def find(self, public: bytes) -> str | None:
-        """Return the name of the file that holds ``public`` (Z85), or None."""
-        # To look at a thousand files takes milliseconds, so that is done only if the key may be new or gone.
-        if public not in self._files or any(
-            _signature(path) != self._signatures[path] for path in (self._path, self._files[public])
-        ):
-            self._refresh()
-        return os.path.basename(self._files[public]) if public in self._files else None
+        """Return the name of the file that holds ``public`` (Z85) now, or None.
 
-    def _refresh(self) -> None:
+        Raises OSError if that cannot be known just now.
+        """
+        path = self._paths.get(public)
+        if path and _sign(path) == self._files[path][0]:
+            return os.path.basename(path)
+        if path or self._has_changed() or time.monotonic() >= self._next_scan:
+            self._scan()
+            path = self._paths.get(public)
+        if not path and not self._complete:
+            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        return os.path.basename(path) if path else None
+
+    def _has_changed(self) -> bool:
+        """Return whether a file has come or gone, or one that was no key has changed: it may have been half written."""
+        keyless = (path for path, (_, key) in self._files.items() if not key)
+        looked_at = {self._path: self._signature} | {path: self._files[path][0] for path in islice(keyless, 16)}
+        return any(_sign(path) != signature for path, signature in looked_at.items())
+
+    def _scan(self) -> None:
+        started = time.monotonic()
+        self._complete = False
         try:
-            files = [entry.path for entry in os.scandir(self._path)]
+            # What changes after this line is seen the next time.
+            self._signature = _sign(self._path)
+            files = {path: self._read(path, _sign(path)) for path in self._list()}
+            self._complete = None not in files.values()
+            self._files = {path: file for path, file in files.items() if file}
+            self._paths = {key: path for path, (_, key) in self._files.items() if key}
+        finally:
+            now = time.monotonic()
+            self._next_scan = now + SCAN_SHARE * (now - started)
+
+    def _list(self) -> list[str]:
+        try:
+            with os.scandir(self._path) as entries:
+                return [entry.path for entry in entries]
         except NotADirectoryError:
-            files = [self._path]
-        except OSError as error:  # a path that is gone lets nobody in; but we may lack a descriptor for a moment
-            if error.errno in (errno.EMFILE, errno.ENFILE):
-                return
-            files = []
-        before, self._signatures = self._signatures, {path: _signature(path) for path in (self._path, *files)}
-        self._keys = {
-            path: self._keys[path] if before.get(path) == self._signatures[path] else _read_client_key(path)
-            for path in files
-            if self._signatures[path]  # otherwise it has just been removed
-        }
-        self._files = {key: path for path, key in self._keys.items() if key}
+            return [self._path]
+        except FileNotFoundError:
+            return []
+
+    def _read(self, path: str, signature: "Signature") -> tuple["Signature", bytes | None] | None:
+        """Return the signature of a file and its key, if it is one; None if that cannot be known just now."""
+        if not signature:  # it has just been removed
+            return (), None
+        if path in self._files and self._files[path][0] == signature:
+            return self._files[path]
+        try:
+            return signature, load_public_key(path, fifo=False)
+        except click.UsageError as error:
+            cause = error.__cause__
+            if isinstance(cause, OSError) and cause.errno in TEMPORARY:
+                return None
+            notify(f"{error.message}; it lets nobody in", "yellow")
+            return signature, None
 
 
-def _signature(path: str) -> tuple[int, ...]:
+Signature = tuple[int, ...]
+
+
+def _sign(path: str) -> Signature:
     """Return what changes whenever the contents of the file or directory do; nothing if it is not there."""
     try:
         status = os.stat(path)
     except OSError:
         return ()
     return status.st_ino, status.st_size, status.st_ctime_ns
-
-
-def _read_client_key(path: str) -> bytes | None:
-    try:
-        return load_public_key(Path(path))
-    except click.UsageError as error:
-        notify(f"{error.message}; it lets nobody in", "yellow")
-        return None
 
 
 class _Refusals:
@@ -265,15 +343,16 @@ def start_zap_handler(context: Context, clients: ClientKeys) -> None:
 
 
 def _judge(request: list[bytes], clients: ClientKeys, refusals: _Refusals) -> list[bytes]:
-    """Return the ZAP reply: status 200 and the name of the client's key file as its user id, or 400."""
+    """Return the ZAP reply: 200 with the name of the client's key file as its user id, 400, or 300: come again."""
     version, request_id, _domain, address, _identity, mechanism, credentials = (*request[:7], *[b""] * 7)[:7]
-    name = None
+    status, text, user_id = b"400", b"unknown key", b""
     if mechanism == b"CURVE" and len(credentials) == 32:
         public = z85.encode(credentials)
-        name = clients.find(public)
-        if name is None:
-            refusals.notify(address, public)
-    if name is None:
-        return [version, request_id, b"400", b"unknown key", b"", b""]
-    user_id = name.encode(errors="backslashreplace")  # pyzmq reads it as UTF-8
-    return [version, request_id, b"200", b"OK", user_id, b""]
+        try:
+            if name := clients.find(public):
+                status, text, user_id = b"200", b"OK", name.encode(errors="backslashreplace")  # pyzmq reads it as UTF-8
+            else:
+                refusals.notify(address, public)
+        except OSError:
+            status, text = b"300", b"client keys cannot be read just now"
+    return [version, request_id, status, text, user_id, b""]

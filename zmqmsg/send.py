@@ -42,14 +42,14 @@ def run(
 ) -> None:
     """Send each message and print its reply; the options are those of the command. Raises Failure."""
     form = Form.choose(null=null, quoted=quoted)
-    secure = None
+    apply_keys = None
     if key or server_key:
-        from zmqmsg.curve import client_security  # 10 ms, for CURVE alone
+        from zmqmsg.curve import load_client_keys  # 5 ms, for CURVE alone
 
-        secure = client_security(key, server_key)
+        apply_keys = load_client_keys(key, server_key).apply
     # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
     context: Context = zmq.Context.instance()
-    open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, secure=secure)
+    open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, apply_keys=apply_keys)
     # Early enough for an attempt to end with what was found.
     look_delay = min(LOOK_DELAY, (timeout or math.inf) / 4)
     output = Output(form)

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from functools import partial
 from threading import Thread
 
+import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
@@ -15,7 +16,7 @@ from zmqmsg.connection import NOTICE_DELAY, Connection, fail_if_hopeless, wait
 from zmqmsg.console import Failure, Form, Output, notify
 from zmqmsg.quoting import count_of, describe
 from zmqmsg.signals import StopSignals
-from zmqmsg.sockets import Context, Secure, Socket, bound, is_local, open_socket, receive, send
+from zmqmsg.sockets import ApplyKeys, Context, Socket, bound, is_local, open_socket, receive, send
 
 RAPID = 20
 """Milliseconds to wait for the next request in recv, which takes one system call, before polling, which takes six."""
@@ -45,16 +46,16 @@ def run(
     stop = StopSignals()
     answer = choose_answer(reply, command, form, stop)
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
-    secure_bound, secure_connected = _load_security(key, client_keys, server_key, bool(bind), bool(connect))
+    keys_bound, keys_connected = _load_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
     # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
     context: Context = zmq.Context.instance()
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
     server = Server(answer, stop, output=None if quiet else Output(form), count=count, verbose=verbose)
     with ExitStack() as stack:
         stack.callback(_flush, context, server)
-        listener = stack.enter_context(open_rep(secure=secure_bound))
+        listener = stack.enter_context(open_rep(apply_keys=keys_bound))
         listener.rcvtimeo = 0 if connect else RAPID
-        open_worker = partial(open_rep, secure=secure_connected)
+        open_worker = partial(open_rep, apply_keys=keys_connected)
         connections = [
             stack.enter_context(closing(Connection(endpoint, open_worker, announce=True, verbose=verbose)))
             for endpoint in connect
@@ -68,14 +69,24 @@ def run(
         notify(f"{count_of(server.served, 'request')} served")
 
 
-def _load_security(
-    key: str | None, client_keys: str | None, server_key: str | None, binds: bool, connects: bool
-) -> tuple[Secure | None, Secure | None]:
-    if not (key or client_keys or server_key):
+def _load_keys(
+    key: str | None, client_keys: str | None, server_key: str | None, *, binds: bool, connects: bool
+) -> tuple[ApplyKeys | None, ApplyKeys | None]:
+    """Return what lets the bound socket, and the connected ones, use CURVE."""
+    if client_keys and not (key and binds):
+        raise click.UsageError("--client-keys needs --key, and an endpoint that is bound")
+    if server_key and not connects:
+        raise click.UsageError("--server-key needs --connect")
+    if key and connects and not server_key:
+        raise click.UsageError("--key with --connect needs --server-key: the public key file of the broker")
+    if server_key and binds and not key:
+        raise click.UsageError("--server-key with --bind needs --key, otherwise the bound endpoint is not encrypted")
+    if not (key or server_key):
         return None, None
-    from zmqmsg.curve import server_security  # 10 ms, for CURVE alone
+    from zmqmsg.curve import load_client_keys, load_server_keys  # 5 ms, for CURVE alone
 
-    return server_security(key, client_keys, server_key, binds=binds, connects=connects)
+    as_server = load_server_keys(key, client_keys).apply if key and binds else None
+    return as_server, load_client_keys(key, server_key).apply if server_key else None
 
 
 def _announce(endpoint: str, *, open_to_all: bool) -> None:

@@ -15,7 +15,7 @@ from zmqmsg.console import Failure
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
-Secure = Callable[[Socket], None]  # sets the CURVE options
+ApplyKeys = Callable[[Socket], None]
 
 NEVER = 2**31 - 1
 """Milliseconds after which libzmq may connect again by itself. Its own "never" (-1) would throw away a reply that came
@@ -26,6 +26,7 @@ RECEIVE_LIMIT = 8
 
 CONNECT_LIMIT = 10_000
 """Milliseconds in which an address of a name has to accept a connection, or the next one is tried."""
+
 
 _TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
@@ -84,12 +85,12 @@ def new_socket(context: Context, socket_type: int) -> Socket:
 
 
 def open_socket(
-    context: Context, socket_type: int, *, max_size: int = -1, linger: int = 0, secure: Secure | None = None
+    context: Context, socket_type: int, *, max_size: int = -1, linger: int = 0, apply_keys: ApplyKeys | None = None
 ) -> Socket:
     """Open a socket with the options that both commands share. ``receive`` does not wait on it.
 
     ``max_size``: bytes of the largest frame that a peer may send (-1: any). ``linger``: milliseconds for which closing
-    keeps what is not sent yet (-1: no limit).
+    keeps what is not sent yet (-1: no limit). ``apply_keys``: lets the socket use CURVE.
     """
     socket = new_socket(context, socket_type)
     socket.rcvtimeo = 0
@@ -106,8 +107,8 @@ def open_socket(
     socket.tcp_maxrt = 30_000
     # Half-open connections must not keep honest clients out.
     socket.backlog = 1024
-    if secure:
-        secure(socket)
+    if apply_keys:
+        apply_keys(socket)
     return socket
 
 
