@@ -38,13 +38,13 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("send -c inproc://here", ["'inproc://here'", "within one process"]),
         ("serve -b tcp://127.0.0.1:99999", ["'tcp://127.0.0.1:99999'", "65535"]),
         ("serve -b ipc://", ["'ipc://'", "ipc:///tmp/"]),
-        ("serve -n 0", ["'--count'", "0", ">=1"]),
+        ("serve -n 0", ["'--count'", "'0'", "1 or more"]),
         ("serve --max-size 12parsecs", ["'12parsecs'", "64M"]),
         ("send --max-size 511", ["'511'", "512 at least"]),
         ("send -t 0", ["'--timeout'", "'0'", "above 0"]),
         ("send -t nan", ["'--timeout'", "'nan'"]),
         ("send -t soon", ["'--timeout'", "'soon'"]),
-        ("send -r -1", ["'--retries'", "-1", ">=0"]),
+        ("send -r -1", ["'--retries'", "'-1'", "0 or more"]),
         ("send -f /missing", ["'--file'", "'/missing'", "does not exist"]),
         ("send -f /", ["'--file'", "'/'", "is a directory"]),
         ("send --multi", ["'--multi'", "'--multipart'"]),
@@ -54,12 +54,19 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("serve surplus", ["surplus"]),
         ("serve --reply a --exec b", ["--reply and --exec"]),
         ("serve --exec=", ["--exec needs a command", "cat"]),
+        ("serve --filter=", ["--filter needs a command", "cat"]),
+        ("serve --filter a --exec b", ["--exec and --filter"]),
+        ("send --raw -0", ["--null and --raw"]),
+        ("serve -Q --raw", ["--quoted and --raw"]),
+        ("--timeout 1 send hi", ["--timeout goes behind the command", "zmqmsg send --timeout"]),
+        ("-b tcp://127.0.0.1:1 serve", ["-b goes behind the command", "zmqmsg serve -b"]),
     ],
 )
 def test_wrong_usage_names_the_value_and_the_way_out(arguments: str, words: list[str]) -> None:
     done = run(*arguments.split())
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("Usage: zmqmsg")
+    assert done.stderr.startswith("zmqmsg: ")
+    assert done.stderr.count("\n") == 1
     assert not [word for word in words if word not in done.stderr], done.stderr
 
 
@@ -106,7 +113,7 @@ OPTIONS = [
 def test_every_option_can_come_from_the_environment(command: str, option: str) -> None:
     """A value that is wrong for the option, or contradicts another one, is wrong usage."""
     value = f"ZMQMSG_{command}_{option.removeprefix('--')}".replace("-", "_").upper()
-    other = {"--reply": ["--exec", "cat"], "--exec": ["--reply", "fixed"]}.get(option, [])
+    other = {"--reply": ["--exec", "cat"]}.get(option, ["--reply", "x"] if option in ("--exec", "--filter") else [])
     # Whatever else is right, serve fails with another status.
     environment = {"ZMQMSG_SERVE_BIND": "ipc:///dev/null/none"} | {value: "/dev/null/wrong"}
     assert run(command, *other, **environment).returncode == 2
@@ -121,11 +128,28 @@ def test_the_environment_separates_endpoints_by_spaces_and_files_by_colons(echo:
     assert done.stdout == "one\ntwo\n"
 
 
-def test_a_blank_endpoint_in_the_environment_is_the_default(tmp_path: Path) -> None:
-    public, _secret = zmq.auth.create_certificates(tmp_path, "unknown")  # whatever listens there must get nothing
-    done = run("send", "-t", "0.1", "-r", "0", "--server-key", str(public), "message", ZMQMSG_SEND_CONNECT=" ")
-    assert done.returncode == 1
-    assert done.stderr.startswith("zmqmsg: no server at tcp://127.0.0.1:5555 within 0.1 s")
+FLAGS = ["--verbose", "--null", "--quoted", "--raw", "--quiet", "--multipart"]
+EMPTY_IS_A_VALUE = ["--reply"]
+
+
+@pytest.mark.parametrize("value", ["", "  "], ids=["empty", "blank"])
+@pytest.mark.parametrize(("command", "option"), [pair for pair in OPTIONS if pair[1] not in FLAGS + EMPTY_IS_A_VALUE])
+def test_a_variable_without_a_value_is_the_option_without_one(command: str, option: str, value: str) -> None:
+    """A secret that renders empty must not turn authentication off, nor anything else be taken as not given."""
+    variable = f"ZMQMSG_{command}_{option.removeprefix('--')}".replace("-", "_").upper()
+    # Whatever else is right, serve fails with another status.
+    given = run(command, f"{option}=")
+    done = run(command, **{"ZMQMSG_SERVE_BIND": "ipc:///dev/null/none"} | {variable: value})
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", given.stderr)
+
+
+@pytest.mark.parametrize("value", ["", "  "], ids=["empty", "blank"])
+def test_a_flag_may_be_empty_and_so_may_a_reply(serve: Serve, value: str) -> None:
+    variables = {f"ZMQMSG_{command}_{flag[2:]}".upper(): value for command in ("send", "serve") for flag in FLAGS}
+    server, endpoint = serve("--count", "1", env=os.environ | variables | {"ZMQMSG_SERVE_REPLY": value})
+    done = run("send", "--connect", endpoint, "hello", **variables)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+    assert server.finish()[1] == b"hello\n"
 
 
 # Imports

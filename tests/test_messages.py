@@ -157,7 +157,6 @@ def test_no_frames_at_all_are_wrong_usage(send: Send) -> None:
 @pytest.mark.parametrize(
     ("options", "given", "expected"),
     [
-        ([], b"", b""),
         ([], b"one\nno newline", b"one\nno newline\n"),
         ([], b"\n\na\n\n", b"\n\na\n\n"),
         ([], b"dos\r\n\r\n", b"dos\r\n\r\n"),
@@ -170,6 +169,21 @@ def test_an_end_of_line_ends_a_message_and_is_no_part_of_it(
 ) -> None:
     done = send("--connect", echo, *options, input=given)
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")
+
+
+def test_with_raw_there_is_nothing_after_a_message(serve: Serve, send: Send) -> None:
+    server, endpoint = serve("--raw", "--reply", "pong", "--count", "3")
+    done = send("--raw", "--connect", endpoint, input=b"one\ntwo\n\n")
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"pongpongpong", b"")
+    assert server.finish()[1] == b"onetwo"
+
+
+@pytest.mark.parametrize("options", [[], ["--null"], ["--file", "-", "--multipart"]])
+def test_nothing_to_send_is_told_unless_an_empty_message_is_given(send: Send, options: list[str], echo: str) -> None:
+    """An unset variable must not look like a healthy service."""
+    done = send("--connect", echo, *options, input=b"")
+    assert done.returncode == 0
+    assert (b"nothing to send" in done.stderr) is ("--file" not in options)
 
 
 def test_a_line_may_have_megabytes(echo: str, send: Send) -> None:

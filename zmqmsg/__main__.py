@@ -1,5 +1,6 @@
 """What the console script ``zmqmsg`` and ``python -m zmqmsg`` run."""
 
+import gc
 import sys
 
 from zmqmsg.signals import end_at_once_by_default
@@ -8,6 +9,7 @@ from zmqmsg.signals import end_at_once_by_default
 def main() -> None:
     """Run the command line and end the process with its exit status."""
     end_at_once_by_default()
+    gc.disable()  # until all is imported
 
     import click  # only now, so that Ctrl-C during the imports is silent, too
 

@@ -2,16 +2,18 @@
 
 import errno
 import os
+import select
 import signal
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import click
 
 from zmqmsg.console import Failure, Form, notify
-from zmqmsg.quoting import quote, unquote
+from zmqmsg.quoting import abridge, quote, unquote
 from zmqmsg.signals import STOP_SIGNALS, StopSignals
 
 if TYPE_CHECKING:
@@ -25,6 +27,12 @@ LONG = 5.0
 
 START_INTERVAL = 0.2
 """Seconds between attempts to start a command."""
+
+END_LIMIT = 1.0
+"""Seconds that a filter has to end when its input has ended."""
+
+CHUNK = 1 << 16
+"""Bytes read at a time."""
 
 SIGNAL_DELAY = 0.2
 """Seconds within which a signal to a whole group of processes reaches each of them."""
@@ -77,17 +85,22 @@ class Text(Answer):
         return self._frames
 
 
-def choose_answer(reply: str | None, command: str | None, form: Form, stop: StopSignals) -> Answer:
+def choose_answer(
+    reply: str | None, command: str | None, filter_command: str | None, form: Form, stop: StopSignals
+) -> Answer:
     """Return what makes the replies; raise UsageError if the options contradict each other."""
-    if reply is not None and command is not None:
-        raise click.UsageError("--reply and --exec cannot be used together")
+    options = {"--reply": reply, "--exec": command, "--filter": filter_command}
+    given = [name for name, value in options.items() if value is not None]
+    if len(given) > 1:
+        raise click.UsageError(f"{' and '.join(given)} cannot be used together")
+    for name in given:
+        if name != "--reply" and not (options[name] or "").strip():
+            raise click.UsageError(f"{name} needs a command, for example {name} cat")
     if command is not None:
-        if not command.strip():
-            raise click.UsageError("--exec needs a command, for example --exec cat")
         return Command(command, form, stop)
-    if reply is not None:
-        return Text([os.fsencode(reply)])
-    return Answer()
+    if filter_command is not None:
+        return Filter(filter_command, form, stop)
+    return Answer() if reply is None else Text(form.decode_argument(reply))
 
 
 # Programs
@@ -200,6 +213,100 @@ class Command(Program):
                 )
             elif time.monotonic() - started >= LONG:
                 self._tell_once(f"the command still runs after {LONG:g} s; meanwhile, other requests wait")
+
+
+class Filter(Program):
+    """Starts the command once, writes each request to it as a line, and reads each reply as one.
+
+    As soon as there is a line too many, or one that nobody asked for, it is not known any more which reply belongs to
+    which request; that is the end.
+    """
+
+    def __enter__(self) -> Self:
+        """Start the command."""
+        self._process = self._start()
+        self._input, self._output = (pipe.fileno() for pipe in (self._process.stdin, self._process.stdout) if pipe)
+        os.set_blocking(self._input, False)
+        self.descriptors = (self._output,)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Let the command end by the end of its input, and then end all that is left of it."""
+        if self._process.stdin:
+            self._process.stdin.close()
+        self._await_end()
+        with suppress(OSError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._stop.sessions.discard(self._process.pid)
+
+    def _await_end(self) -> int | None:
+        """Return the status with which the command has ended; None if it has not within a second.
+
+        It is not reaped yet, so that nobody else can have its id when the rest of its session is killed.
+        """
+        end = time.monotonic() + END_LIMIT
+        while not (ended := os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)):
+            if time.monotonic() >= end:
+                return None
+            time.sleep(0.01)
+        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+
+    def reply_to(self, request: Frames) -> Frames:
+        """Return the line that the filter answers with."""
+        self.check()
+        line = self._join(request)
+        end = self._form.separator
+        if end in line:
+            self._tell_once("a request with the end of a line in it got an empty reply; use --quoted to pass it on")
+            return [b""]
+        answer = self._exchange(line + end, end)
+        return self._split(answer, answer) if self._form.quoted else [answer]
+
+    def check(self) -> None:
+        """Raise Failure, or Unanswered after a signal, if the filter has ended or printed what nobody asked for."""
+        if select.select([self._output], [], [], 0)[0]:
+            if data := os.read(self._output, CHUNK):
+                self._fail_for_line(data)
+            self._fail_for_end()
+
+    def _exchange(self, line: bytes, end: bytes) -> bytes:
+        """Write ``line`` and read one, at the same time; return it without its ``end``."""
+        unwritten = memoryview(line)
+        heard = bytearray()
+        since = time.monotonic()
+        while True:
+            readable, writable, _ = select.select([self._output], [self._input] if unwritten else [], [], NOTICE_DELAY)
+            if writable:
+                try:
+                    unwritten = unwritten[os.write(self._input, unwritten) :]
+                except BrokenPipeError:
+                    self._fail_for_end()
+            if readable:
+                begin = len(heard)
+                heard += os.read(self._output, CHUNK)
+                if len(heard) == begin:
+                    self._fail_for_end()
+                if (place := heard.find(end, begin)) >= 0:
+                    if len(heard) > place + 1 or unwritten:
+                        self._fail_for_line(bytes(heard if unwritten else heard[place + 1 :]))
+                    return bytes(heard[:place])
+            elif time.monotonic() - since >= NOTICE_DELAY:
+                self._tell_once("the filter has not answered for a second; it may not flush its output, or read ahead")
+                self._tell_of_stop()
+
+    def _fail_for_line(self, data: bytes) -> NoReturn:
+        raise Failure(f"the filter printed {abridge(data)}, which no request asked for; replies cannot be told apart")
+
+    def _fail_for_end(self) -> NoReturn:
+        status = self._await_end()
+        if status is None:
+            raise Failure("the filter closed its input or output, so there can be no more replies")
+        if self._was_stopped(status):
+            raise Unanswered("the filter was stopped, too")
+        raise Failure(f"the filter {describe_status(status)}, so there can be no more replies")
 
 
 def describe_status(status: int) -> str:

@@ -1,7 +1,11 @@
 """The command line: options and their types. What the commands do is in ``send`` and ``serve``."""
 
+import gc
 import math
+import os
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import click
@@ -10,6 +14,38 @@ from zmqmsg import DEFAULT_ENDPOINT
 
 LEAST_SIZE = 512
 """Bytes that frames must be allowed to have: libzmq applies the limit to the handshake as well (300 with CURVE)."""
+
+
+class Option(click.Option):
+    """An option that a variable of the environment sets also if it is empty.
+
+    click takes an empty variable as one that is not there, before any type sees it: a secret that renders empty would
+    turn authentication off. Blanks alone count as empty. Only flags may be empty, which means no.
+    """
+
+    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        value = super().resolve_envvar_value(ctx)
+        if value is None and not self.is_flag and ctx.auto_envvar_prefix and self.name:
+            value = os.environ.get(str(self.envvar or f"{ctx.auto_envvar_prefix}_{self.name.upper()}"))
+        return value and (value if value.strip() else "")
+
+    def value_from_envvar(self, ctx: click.Context) -> Any:
+        value = super().value_from_envvar(ctx)
+        return [""] if self.multiple and value == [] else value
+
+
+class Commands(click.Group):
+    """The commands. An option in front of them that belongs behind is told as that."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            for name, command in self.commands.items():
+                if any(error.option_name in option.opts for option in command.params):
+                    where = f"{error.option_name} goes behind the command, as in: zmqmsg {name} {error.option_name}"
+                    raise click.UsageError(where, ctx) from None
+            raise
 
 
 class Endpoint(click.ParamType[str]):
@@ -40,6 +76,20 @@ class Size(click.ParamType[int]):
         if not LEAST_SIZE <= size < 1 << 63:
             self.fail(f"'{value}' is not a size such as 65536, 64M or 1G, and {LEAST_SIZE} at least", param, ctx)
         return size
+
+
+class Number(click.ParamType[int]):
+    """A whole number from ``least`` on. click's IntRange says "-1 is not in the range x>=0"."""
+
+    name = "number"
+
+    def __init__(self, least: int) -> None:
+        self._least = least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        if not re.fullmatch("[0-9]{1,18}", str(value)) or int(value) < self._least:
+            self.fail(f"'{value}' is not a whole number of {self._least} or more", param, ctx)
+        return int(value)
 
 
 class FilePath(click.Path):
@@ -76,7 +126,16 @@ def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -
         ctx.exit()
 
 
+def _run(run: Callable[..., None], options: dict[str, Any]) -> None:
+    # The garbage collector would go through all that was imported, again and again, and once more at exit; main() has
+    # switched it off for the imports.
+    gc.freeze()
+    gc.enable()
+    run(**options)
+
+
 @click.group(
+    cls=Commands,
     context_settings={"auto_envvar_prefix": "ZMQMSG", "help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="README.md has recipes, keys step by step, and completion for bash, zsh and fish.",
 )
@@ -105,33 +164,35 @@ def cli() -> None:
 _KEY_FILE = FilePath(dir_okay=False)
 _INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
 
+option = partial(click.option, cls=Option)
+
 # Options that both commands have
-_verbose = click.option("-v", "--verbose", is_flag=True, help="Report each message and connection on standard error.")
-_null = click.option("-0", "--null", is_flag=True, help="End messages with NUL instead of newline.")
-_quoted = click.option(
+_null = option("-0", "--null", is_flag=True, help="End messages with NUL instead of newline.")
+_quoted = option(
     "-Q", "--quoted", is_flag=True, help="One line per message: frames separated by TAB, special bytes escaped."
 )
-_max_size = click.option("--max-size", type=Size(), default="64M", show_default=True, help="Refuse larger frames.")
-_key = click.option("--key", type=_KEY_FILE, help="Your CURVE secret key file; created if missing.")
+_raw = option("--raw", is_flag=True, help="Print messages as they are, with nothing after them.")
+_max_size = option("--max-size", type=Size(), default="64M", show_default=True, help="Refuse larger frames.")
+_key = option("--key", type=_KEY_FILE, help="Your CURVE secret key file; created if missing.")
 
 
 @cli.command()
-@click.option(
+@option(
     "-b",
     "--bind",
     type=Endpoint(bind=True),
     multiple=True,
     help=f"Bind here; repeatable.  [default: {DEFAULT_ENDPOINT}]",
 )
-@click.option(
+@option(
     "-c",
     "--connect",
     type=Endpoint(bind=False),
     multiple=True,
     help="Connect to a broker's DEALER as a worker; repeatable.",
 )
-@click.option("--reply", metavar="TEXT", help="Reply with TEXT instead of the request.")
-@click.option(
+@option("--reply", metavar="TEXT", help="Reply with TEXT instead of the request.")
+@option(
     "-e",
     "--exec",
     "command",
@@ -139,17 +200,23 @@ _key = click.option("--key", type=_KEY_FILE, help="Your CURVE secret key file; c
     envvar="ZMQMSG_SERVE_EXEC",
     help="Reply with what the shell COMMAND prints; it reads the request on standard input.",
 )
-@click.option("-n", "--count", type=click.IntRange(min=1), metavar="N", help="Stop after N requests.")
-@click.option("-q", "--quiet", is_flag=True, help="Do not print requests.")
-@_verbose
+@option(
+    "--filter",
+    "filter_command",
+    metavar="COMMAND",
+    envvar="ZMQMSG_SERVE_FILTER",
+    help="Start the shell COMMAND once; it reads each request as a line, and answers with a line.",
+)
+@option("-n", "--count", type=Number(1), metavar="N", help="Stop after N requests.")
+@option("-q", "--quiet", is_flag=True, help="Do not print requests.")
+@option("-v", "--verbose", is_flag=True, help="Report who asked, how much, and how long the answer took.")
 @_null
 @_quoted
+@_raw
 @_max_size
 @_key
-@click.option(
-    "--client-keys", type=FilePath(), help="Accept only clients whose public keys are in this file or directory."
-)
-@click.option("--server-key", type=_KEY_FILE, help="The broker's CURVE public key file (with --connect).")
+@option("--client-keys", type=FilePath(), help="Accept only clients whose public keys are in this file or directory.")
+@option("--server-key", type=_KEY_FILE, help="The broker's CURVE public key file (with --connect).")
 def serve(**options: Any) -> None:
     """Answer requests on a REP socket.
 
@@ -164,6 +231,9 @@ def serve(**options: Any) -> None:
       zmqmsg serve --bind 'tcp://*:5555' --bind ipc:///tmp/echo.sock
       zmqmsg serve --connect tcp://127.0.0.1:5556
 
+    Whatever the exit status of a command for --exec, what it printed is the reply:
+    the client of a command that fails gets that, or an empty reply.
+
     Ctrl-C or SIGTERM stops it after the current request; a second signal ends it at
     once.
 
@@ -175,39 +245,38 @@ def serve(**options: Any) -> None:
     """
     from zmqmsg.serve import run
 
-    run(**options)
+    _run(run, options)
 
 
 @cli.command()
-@click.option(
+@option(
     "-c",
     "--connect",
     type=Endpoint(bind=False),
     multiple=True,
     help=f"Connect here; repeatable.  [default: {DEFAULT_ENDPOINT}]",
 )
-@click.option(
+@option(
     "-t", "--timeout", type=Seconds(), metavar="SECONDS", help="Seconds to wait in each attempt.  [default: no limit]"
 )
-@click.option(
+@option(
     "-r",
     "--retries",
-    type=click.IntRange(min=0),
+    type=Number(0),
     metavar="N",
     default=3,
     show_default=True,
     help="Send again up to N times after a timeout or a broken connection.",
 )
-@click.option(
-    "-f", "--file", type=_INPUT_FILE, multiple=True, help="Send a whole file (- for standard input); repeatable."
-)
-@click.option("-m", "--multipart", is_flag=True, help="Send all messages as the frames of one request.")
-@_verbose
+@option("-f", "--file", type=_INPUT_FILE, multiple=True, help="Send a whole file (- for standard input); repeatable.")
+@option("-m", "--multipart", is_flag=True, help="Send all messages as the frames of one request.")
+@option("-v", "--verbose", is_flag=True, help="Report connections, who replied, how much, and after how long.")
 @_null
 @_quoted
+@_raw
 @_max_size
 @_key
-@click.option("--server-key", type=_KEY_FILE, help="The server's CURVE public key file.")
+@option("--server-key", type=_KEY_FILE, help="The server's CURVE public key file.")
 @click.argument("message", nargs=-1)
 def send(**options: Any) -> None:
     """Send each MESSAGE as a request, and print each reply.
@@ -236,4 +305,4 @@ def send(**options: Any) -> None:
     """
     from zmqmsg.send import run
 
-    run(**options)
+    _run(run, options)

@@ -12,7 +12,7 @@ from typing import IO, Any, NamedTuple, TextIO, cast
 
 import click
 
-from zmqmsg.quoting import escape, escape_line, escape_lines, quote, unquote
+from zmqmsg.quoting import escape, escape_line, quote, unquote
 
 CHUNK = 65536
 """Bytes read at a time, and from which on frames are not joined to be written at once."""
@@ -44,16 +44,24 @@ class Form(NamedTuple):
     quoted: bool
 
     @classmethod
-    def choose(cls, *, null: bool, quoted: bool) -> "Form":
+    def choose(cls, *, null: bool, quoted: bool, raw: bool) -> "Form":
         """Return the form that the options ask for; raise UsageError if they contradict each other."""
-        if null and quoted:
-            raise click.UsageError("--null and --quoted cannot be used together")
+        chosen = [name for name, given in (("--null", null), ("--quoted", quoted), ("--raw", raw)) if given]
+        if len(chosen) > 1:
+            raise click.UsageError(f"{' and '.join(chosen)} cannot be used together")
         end = b"\0" if null else b"\n"
-        return cls(end, end, quoted)
+        return cls(end, b"" if raw else end, quoted)
 
     def decode(self, message: bytes) -> list[bytes]:
         """Return the frames of a message that was read, without its separator; raise ValueError if it is malformed."""
         return unquote(message) if self.quoted else [message]
+
+    def decode_argument(self, argument: str) -> list[bytes]:
+        """Return the frames of a message on the command line; raise UsageError, naming it, if it is malformed."""
+        try:
+            return self.decode(os.fsencode(argument))
+        except ValueError as error:
+            raise click.UsageError(f"in '{argument}': {error}") from error
 
 
 # Standard error
@@ -100,13 +108,13 @@ def notify(text: str, colour: str = "cyan") -> None:
 
 
 def show_error(error: click.ClickException) -> None:
-    """Write ``error`` to standard error: a Failure as a notice, any other as click words it."""
-    if isinstance(error, Failure):
-        notify(error.message, "red")
+    """Write ``error`` to standard error, as one line."""
+    if isinstance(error, click.exceptions.NoArgsIsHelpError):
+        _standard_error.write(f"{error.message}\n")
+    elif isinstance(error, click.UsageError) and error.ctx and type(error) is not click.UsageError:
+        notify(f"{error.format_message().rstrip('.')}; see '{error.ctx.command_path} --help'", "red")
     else:
-        text = io.StringIO()
-        error.show(text)
-        _standard_error.write(escape_lines(text.getvalue()))
+        notify(error.format_message(), "red")
 
 
 # Standard output
@@ -188,15 +196,14 @@ class Output:
 # Messages
 
 
-def read_messages(arguments: Sequence[str], files: Sequence[str], form: Form) -> Generator[list[bytes] | None]:
-    """Yield the frames of each message: of ``arguments``, then of the contents of ``files`` (``-``: standard input).
+def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: Form) -> Generator[list[bytes] | None]:
+    """Yield the frames of each message: ``arguments``, then the contents of ``files`` (``-``: standard input).
 
     With neither, yield those of the lines of standard input, in the given form, each as soon as it is complete. Yield
     None for each half second in which standard input is silent. Raises Failure for what cannot be read. Close the
     generator to end the progress bar.
     """
-    for argument in arguments:
-        yield [os.fsencode(argument)]
+    yield from arguments
     for file in files:
         if file == "-":
             yield from _read_whole_input()

@@ -35,13 +35,15 @@ def run(
     verbose: bool,
     null: bool,
     quoted: bool,
+    raw: bool,
     max_size: int,
     key: str | None,
     server_key: str | None,
     message: tuple[str, ...],
 ) -> None:
     """Send each message and print its reply; the options are those of the command. Raises Failure."""
-    form = Form.choose(null=null, quoted=quoted)
+    form = Form.choose(null=null, quoted=quoted, raw=raw)
+    arguments = [form.decode_argument(argument) for argument in message]
     apply_keys = None
     if key or server_key:
         from zmqmsg.curve import load_client_keys  # 5 ms, for CURVE alone
@@ -59,9 +61,10 @@ def run(
             for endpoint in connect or (DEFAULT_ENDPOINT,)
         ]
         client = Client(connections, timeout=timeout or math.inf, retries=retries)
-        messages = stack.enter_context(closing(read_messages(message, file, form)))
+        messages = stack.enter_context(closing(read_messages(arguments, file, form)))
         times = Times()
         stack.callback(times.summarize)
+        reply = None
         for frames in join(messages) if multipart else messages:
             if frames is None:
                 client.update()
@@ -72,6 +75,8 @@ def run(
                 written = output.flush()
             if verbose:
                 times.add(reply)
+        if reply is None:
+            notify("nothing to send: there is no MESSAGE, and standard input is empty", "yellow")
 
 
 def join(messages: Iterable[list[bytes] | None]) -> Iterator[list[bytes] | None]:

@@ -28,11 +28,13 @@ def run(
     connect: tuple[str, ...],
     reply: str | None,
     command: str | None,
+    filter_command: str | None,
     count: int | None,
     quiet: bool,
     verbose: bool,
     null: bool,
     quoted: bool,
+    raw: bool,
     max_size: int,
     key: str | None,
     client_keys: str | None,
@@ -42,17 +44,17 @@ def run(
 
     Raises Failure.
     """
-    form = Form.choose(null=null, quoted=quoted)
+    form = Form.choose(null=null, quoted=quoted, raw=raw)
     stop = StopSignals()
-    answer = choose_answer(reply, command, form, stop)
+    answer = choose_answer(reply, command, filter_command, form, stop)
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
-    keys_bound, keys_connected = _load_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
+    keys_bound, keys_connected = load_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
     # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
     context: Context = zmq.Context.instance()
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
     server = Server(answer, stop, output=None if quiet else Output(form), count=count, verbose=verbose)
     with ExitStack() as stack:
-        stack.callback(_flush, context, server)
+        stack.callback(flush, context, server)
         listener = stack.enter_context(open_rep(apply_keys=keys_bound))
         listener.rcvtimeo = 0 if connect else RAPID
         open_worker = partial(open_rep, apply_keys=keys_connected)
@@ -60,16 +62,17 @@ def run(
             stack.enter_context(closing(Connection(endpoint, open_worker, announce=True, verbose=verbose)))
             for endpoint in connect
         ]
-        for endpoint in bind:
-            _announce(stack.enter_context(bound(listener, endpoint)), open_to_all=not client_keys)
-        # Only now: what binds waits for a name server, maybe, and a signal ends it at once.
+        endpoints = [stack.enter_context(bound(listener, endpoint)) for endpoint in bind]
+        # Only now: to bind may wait for a name server, which a signal ends at once.
         stop.install()
+        for endpoint in endpoints:
+            announce(endpoint, open_to_all=not client_keys)
         stack.enter_context(answer)
         server.run([listener] if bind else [], connections)
         notify(f"{count_of(server.served, 'request')} served")
 
 
-def _load_keys(
+def load_keys(
     key: str | None, client_keys: str | None, server_key: str | None, *, binds: bool, connects: bool
 ) -> tuple[ApplyKeys | None, ApplyKeys | None]:
     """Return what lets the bound socket, and the connected ones, use CURVE."""
@@ -89,7 +92,7 @@ def _load_keys(
     return as_server, load_client_keys(key, server_key).apply if server_key else None
 
 
-def _announce(endpoint: str, *, open_to_all: bool) -> None:
+def announce(endpoint: str, *, open_to_all: bool) -> None:
     host, _, port = endpoint.rpartition(":")
     everywhere = host in ("tcp://0.0.0.0", "tcp://[::]")
     notify(f"listening on all addresses, port {port}" if everywhere else f"listening on {endpoint}")
@@ -99,7 +102,7 @@ def _announce(endpoint: str, *, open_to_all: bool) -> None:
         notify(f"warning: {text}", "yellow")
 
 
-def _flush(context: Context, server: "Server") -> None:
+def flush(context: Context, server: "Server") -> None:
     """Wait until the last replies of ``server``, if there are any, are on their way, however long that takes.
 
     TCP_MAXRT cuts off a peer that does not read. In a thread, since a signal ends pyzmq's ``term()`` early.
