@@ -140,7 +140,7 @@ def serve(start: Start) -> Serve:
     def serve(*arguments: str | bytes, **options: Any) -> tuple[Process, str]:
         bind = [] if "--bind" in arguments else ["--bind", "tcp://127.0.0.1:*"]
         process = start("serve", *bind, *arguments, **options)
-        return process, process.wait_for_notice("listening on (tcp:.*|ipc:.*|all addresses, port.*)")[1]
+        return process, process.wait_for_notice("listening on (tcp:.*|ipc:.*|all IPv4 .*)")[1]
 
     return serve
 
@@ -149,7 +149,7 @@ def serve(start: Start) -> Serve:
 def echo() -> Iterator[str]:
     """Let one server, which prints nothing, run for all tests that want no more of it; return its endpoint."""
     server = Process("serve", "--quiet", "--bind", "tcp://127.0.0.1:*")
-    yield server.wait_for_notice("listening on (tcp:.*|ipc:.*|all addresses, port.*)")[1]
+    yield server.wait_for_notice("listening on (tcp:.*|ipc:.*|all IPv4 .*)")[1]
     server.close()
 
 

@@ -99,6 +99,16 @@ def test_the_module_and_the_script_are_the_same(command: list[str]) -> None:
     assert page == run("send", "--help").stdout
 
 
+@pytest.mark.parametrize("arguments", [["serve"], ["send", "-t", "1", "x"], ["send", "-c", "tcp://localhost:1", "x"]])
+@pytest.mark.parametrize("limit", [8, 12, 16])
+def test_too_few_descriptors_are_told_in_one_line(arguments: list[str], limit: int) -> None:
+    """libzmq would abort, or Python show a traceback."""
+    command = f'ulimit -n {limit}; exec "$@"'
+    done = subprocess.run(["sh", "-c", command, "sh", *COMMAND, *arguments], capture_output=True, timeout=LIMIT)
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr == b"zmqmsg: Too many open files: raise the limit, for example with: ulimit -n 256\n"
+
+
 # The environment
 
 OPTIONS = [

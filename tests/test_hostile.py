@@ -354,6 +354,83 @@ def test_a_server_without_descriptors_serves_again_as_soon_as_it_has_some(
     server.assert_idle()
 
 
+def test_serve_raises_its_limit_of_descriptors(serve: Serve) -> None:
+    def limit_descriptors() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    process, _endpoint = serve(preexec_fn=limit_descriptors)
+    assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2
+
+
+@soak
+def test_thousands_of_clients_are_served_at_once(serve: Serve, context: Context) -> None:
+    """Their figures are printed: run with -s."""
+    clients = 5000
+    process, endpoint = serve("--quiet")
+    before = memory(process.pid)
+    with ExitStack() as stack:
+        connections = [stack.enter_context(socket.create_connection(address(endpoint), LIMIT)) for _ in range(clients)]
+        for connection in connections:
+            assert shake_hands(connection)
+        spent = processor_time(process.pid)
+        time.sleep(5)
+        idle = (processor_time(process.pid) - spent) / 5
+        grown = memory(process.pid) - before
+        started = time.monotonic()
+        for connection in connections:
+            connection.sendall(request(b"hello"))
+        for connection in connections:
+            assert hears(connection, request(b"hello"))
+        print(f"{clients} clients: {grown} KiB, idle {idle:.4f} s/s, all served in {time.monotonic() - started:.2f} s")
+    assert idle < 0.02
+    assert grown < 1 << 20
+
+
+def test_one_connection_cannot_fill_the_memory_of_serve(serve: Serve, context: Context) -> None:
+    process, endpoint = serve("--quiet", "--exec", "sleep 1; cat")
+    before = memory(process.pid)
+    with socket.create_connection(address(endpoint), LIMIT) as pushy:
+        assert shake_hands(pushy)
+        pushy.settimeout(1)
+        with suppress(TimeoutError):
+            for _ in range(200):
+                pushy.sendall(request(bytes(1 << 20)))
+        assert memory(process.pid) - before < 64 << 10
+
+
+def test_one_connection_cannot_fill_the_memory_of_an_idle_send(start: Start) -> None:
+    sent: list[int] = []
+
+    def flood_with_replies(connection: socket.socket) -> None:
+        connection.sendall(greeting() + ready(b"REP"))
+        connection.settimeout(1)
+        for _ in range(200):
+            connection.sendall(request(bytes(1 << 20)))
+            sent.append(1)
+
+    with listening(flood_with_replies) as endpoint:
+        client = start("send", "--verbose", "-c", endpoint)
+        client.wait_for_notice("connected to")
+        time.sleep(2)
+        assert memory(client.pid) < 100 << 10
+    assert len(sent) < 50
+
+
+@pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=soak)])
+def test_no_request_of_a_pipelining_client_is_lost(serve: Serve, context: Context, count: int) -> None:
+    _process, endpoint = serve("--quiet")
+    with context.socket(zmq.DEALER) as client:
+        client.linger = 0
+        client.rcvtimeo = LIMIT * 1000
+        client.sndhwm = client.rcvhwm = 0
+        client.connect(endpoint)
+        started = time.monotonic()
+        for number in range(count):
+            client.send_multipart([b"", b"%d" % number])
+        assert [int(client.recv_multipart()[1]) for _ in range(count)] == list(range(count))
+        print(f"{count} requests, pipelined: {count / (time.monotonic() - started):.0f}/s")
+
+
 def test_a_request_that_never_ends_is_given_up_with_its_connection(serve: Serve, start: Start) -> None:
     process, endpoint = serve(stdout=DEVNULL)
     server = Measured(process, endpoint)

@@ -452,7 +452,7 @@ def test_only_a_server_that_lets_anyone_in_warns_beyond_loopback(
     script.chmod(0o755)
     options = ["--client-keys", str(keys.alice.public)] * (step == 3)
     server = start("serve", "--key", str(keys.server.secret), "--bind", "tcp://*:5555", *options, executable=script)
-    if "unshare" in server.wait_for_notice("listening on all addresses|unshare failed")[0]:
+    if "unshare" in server.wait_for_notice("listening on all IPv4 addresses|unshare failed")[0]:
         pytest.skip("needs the right to make a network namespace")
     assert any("anyone who can reach" in notice for notice in stop(server)[2]) is (step == 1)
 

@@ -5,7 +5,9 @@ import re
 import resource
 import signal
 import socket
+import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -114,15 +116,18 @@ def test_whatever_only_this_machine_can_reach_is_bound_without_a_warning(
 
 
 @LINUX
-@pytest.mark.parametrize("endpoint", ["tcp://*:5555", "tcp://0.0.0.0:5555", "tcp://[::]:5555"])
-def test_a_bind_to_all_addresses_says_so_and_warns(start: Start, tmp_path: Path, endpoint: str) -> None:
+@pytest.mark.parametrize(
+    ("endpoint", "which"),
+    [("tcp://*:5555", "IPv4"), ("tcp://0.0.0.0:5555", "IPv4"), ("tcp://[::]:5555", "IPv4 and IPv6")],
+)
+def test_a_bind_to_all_addresses_says_so_and_warns(start: Start, tmp_path: Path, endpoint: str, which: str) -> None:
     # In a network of its own, so that really nobody can reach it.
     server = start("serve", "--bind", endpoint, **shell(tmp_path, 'exec unshare --user --net "$python" "$@"'))
     warning = server.wait_for_notice("warning: .*|unshare failed")[0]
     if "unshare" in warning:
         pytest.skip("needs the right to make a network namespace")
     assert re.search("anyone .*port 5555.*--key.*--client-keys", warning)
-    assert stop(server)[2][0] == "zmqmsg: listening on all addresses, port 5555"
+    assert stop(server)[2][0] == f"zmqmsg: listening on all {which} addresses, port 5555"
 
 
 def test_verbose_says_who_asked_how_much_and_how_long_the_answer_took(context: Context, serve: Serve) -> None:
@@ -507,6 +512,38 @@ def test_an_output_that_nobody_reads_is_told_of_and_a_signal_ends_the_wait(serve
     assert server.wait() == 1
     assert time.monotonic() - started < 5  # two seconds at most, on a machine that is not busy
     assert server.notices[-2] == f"{UNREAD}; 1 request was answered, but not printed"
+
+
+@pytest.mark.parametrize("command", ["serve", "send"])
+def test_a_non_blocking_output_is_written_as_any_other(
+    serve: Serve, send: Send, echo: str, tmp_path: Path, command: str
+) -> None:
+    """Another process that shares it may have made it so."""
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    message = os.urandom(1_000_000)
+    received: list[bytes] = []
+
+    def read_slowly() -> None:
+        with open(reading, "rb", buffering=0) as stream:
+            while data := stream.read(10_000):
+                received.append(data)
+                time.sleep(0.001)
+
+    reader = threading.Thread(target=read_slowly)
+    reader.start()
+    if command == "serve":
+        server, endpoint = serve("--count", "1", "--raw", stdout=writing)
+        os.close(writing)
+        assert send("--connect", endpoint, "--file", "-", input=message).returncode == 0
+        assert server.wait() == 0
+    else:
+        streams: dict[str, Any] = {"stdout": writing, "stderr": subprocess.PIPE, "capture_output": False}
+        done = send("--raw", "--connect", echo, "--file", "-", input=message, **streams)
+        os.close(writing)
+        assert (done.returncode, done.stderr) == (0, b"")
+    reader.join(LIMIT)
+    assert b"".join(received) == message
 
 
 def test_a_second_signal_ends_it_at_once_though_its_output_blocks(serve: Serve, send: Send) -> None:

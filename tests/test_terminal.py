@@ -171,6 +171,24 @@ def test_several_frames_are_shown_as_a_quoted_line(shown: OnTerminal) -> None:
     assert shown(b"one", b"", b"three\\\n\x1b\xff") == rb"one" + b"\t\t" + rb"three\\\n\x1b\xff" + b"\n"
 
 
+@pytest.mark.parametrize("how", ["Ctrl-S", "nobody reads"])
+def test_a_terminal_that_takes_nothing_keeps_no_signal_from_ending_serve(
+    serve: Serve, start: Start, terminal: Terminal, how: str
+) -> None:
+    """Notices go to the same terminal, and must not block either."""
+    endpoint = "ipc://@zmqmsg-test-" + str(os.getpid())
+    server = start("serve", "--bind", endpoint, "--verbose", **terminal.all())
+    terminal.read_until(b"listening")
+    if how == "Ctrl-S":
+        termios.tcflow(terminal.end, termios.TCOOFF)
+    options = ["--timeout", "2", "--retries", "0"]
+    client = start("send", "--connect", endpoint, *options, *["x" * 100_000] * 2, stdout=subprocess.DEVNULL)
+    assert client.wait() == 3, "the second one is not taken"
+    server.signal(signal.SIGTERM)
+    assert server.wait() == 1
+    termios.tcflow(terminal.end, termios.TCOON)
+
+
 # Notices
 
 

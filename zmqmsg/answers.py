@@ -120,6 +120,8 @@ class Program(Answer):
         self._form = form
         self._stop = stop
         self._told: set[str] = set()
+        import subprocess  # noqa: F401  (now, while there are descriptors)
+
         # Where the parent ignores it, so do we, and the exit statuses of all children would be lost.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 

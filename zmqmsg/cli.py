@@ -126,6 +126,22 @@ def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -
         ctx.exit()
 
 
+DESCRIPTORS = 16
+"""File descriptors that a command needs beside its standard streams; libzmq aborts where it gets none."""
+
+
+def _require_descriptors() -> None:
+    pipes: list[int] = []
+    try:
+        while len(pipes) < DESCRIPTORS:
+            pipes += os.pipe()
+    except OSError as error:
+        raise click.ClickException(f"{error.strerror}: raise the limit, for example with: ulimit -n 256") from error
+    finally:
+        for descriptor in pipes:
+            os.close(descriptor)
+
+
 def _run(run: Callable[..., None], options: dict[str, Any]) -> None:
     # The garbage collector would go through all that was imported, again and again, and once more at exit; main() has
     # switched it off for the imports.
@@ -243,6 +259,7 @@ def serve(**options: Any) -> None:
       1  something failed
       2  wrong usage
     """
+    _require_descriptors()
     from zmqmsg.serve import run
 
     _run(run, options)
@@ -303,6 +320,7 @@ def send(**options: Any) -> None:
       2  wrong usage
       3  no reply, but the current message may have been served
     """
+    _require_descriptors()
     from zmqmsg.send import run
 
     _run(run, options)

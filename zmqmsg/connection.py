@@ -6,7 +6,8 @@ libzmq tells when a connection is made, ready and ended. Why nobody is ready is 
 import math
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from itertools import count
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
@@ -17,7 +18,7 @@ from zmqmsg.console import Failure, notify
 from zmqmsg.sockets import Socket, connect, is_named, open_monitor
 
 if TYPE_CHECKING:
-    from zmqmsg.diagnosis import Finding  # otherwise only in trouble: it imports socket, which takes 3 ms
+    from zmqmsg.diagnosis import Finding
 
 NOTICE_DELAY = 1.0
 """Seconds of waiting before the user is told of it."""
@@ -88,9 +89,26 @@ class Background(Generic[T]):
             self.ended = self.began
 
     def _run(self) -> None:
-        for latest in self._iterator:
-            self.latest = latest
+        # Without descriptors nothing can be imported; whoever wants the answer asks again.
+        with suppress(OSError, ImportError, LookupError):
+            for latest in self._iterator:
+                self.latest = latest
         self.ended = time.monotonic()
+
+
+# What they import takes 3 ms, and is needed for names and in trouble only.
+
+
+def _resolve(endpoint: str) -> Iterator[list[str]]:
+    from zmqmsg.diagnosis import resolve_numeric
+
+    yield resolve_numeric(endpoint)
+
+
+def _diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool) -> Iterator["Finding"]:
+    from zmqmsg.diagnosis import diagnose
+
+    yield from diagnose(endpoint, wanted, curve=curve, known=known)
 
 
 class Addresses:
@@ -110,9 +128,7 @@ class Addresses:
         if not self.left and not is_named(self._endpoint):
             return self._endpoint
         if not self.left and self._resolver is None:
-            from zmqmsg.diagnosis import resolve_numeric
-
-            self._resolver = Background(resolve_numeric(self._endpoint))
+            self._resolver = Background(_resolve(self._endpoint))
         if self._resolver and self._resolver.ended < math.inf:
             self.left = self._resolver.latest or []
             self._resolver = None
@@ -155,11 +171,9 @@ class Waiting:
                 self._finding = look.latest
             finding = self._finding
             return bool(finding and finding.old and not finding.hopeless and self._looks_at is link)
-        from zmqmsg.diagnosis import diagnose
-
         self._looks_at = link if link.connected else None
         wanted = ("REP", "ROUTER") if link.socket.type == zmq.REQ else ("DEALER", "REQ")
-        self._look = Background(diagnose(self._endpoint, wanted, curve=link.uses_curve, known=known))
+        self._look = Background(_diagnose(self._endpoint, wanted, curve=link.uses_curve, known=known))
         return False
 
     def notify(self, now: float) -> None:

@@ -59,16 +59,13 @@ def resolve(endpoint: str) -> list[tuple[int, Any]]:
     return sorted(dict.fromkeys(addresses), key=lambda each: each[0] != socket.AF_INET)
 
 
-def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
-    """Yield, once, the endpoints with an address in numbers that ``endpoint`` may mean; none if it has none."""
+def resolve_numeric(endpoint: str) -> list[str]:
+    """Return the endpoints with addresses in numbers that ``endpoint`` stands for; none if it cannot be resolved."""
     try:
-        found = resolve(endpoint)
+        addresses = resolve(endpoint)
     except (OSError, UnicodeError):
-        found = []
-    yield [
-        f"tcp://[{address[0]}]:{address[1]}" if family == socket.AF_INET6 else f"tcp://{address[0]}:{address[1]}"
-        for family, address in found
-    ]
+        return []
+    return [f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}" for _, (host, port, *_) in addresses]
 
 
 def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool) -> Iterator[Finding]:

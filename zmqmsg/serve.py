@@ -1,9 +1,10 @@
 """``zmqmsg serve``: answers requests on a bound REP socket, and on connected ones as a worker of brokers."""
 
 import math
+import resource
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 from threading import Thread
 
@@ -44,6 +45,10 @@ def run(
 
     Raises Failure.
     """
+    # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
+    with suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     form = Form.choose(null=null, quoted=quoted, raw=raw)
     stop = StopSignals()
     answer = choose_answer(reply, command, filter_command, form, stop)
@@ -92,10 +97,14 @@ def load_keys(
     return as_server, load_client_keys(key, server_key).apply if server_key else None
 
 
+ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
+
+
 def announce(endpoint: str, *, open_to_all: bool) -> None:
+    """Tell the user what is bound, with a warning if other machines can reach it and nobody is kept out."""
     host, _, port = endpoint.rpartition(":")
-    everywhere = host in ("tcp://0.0.0.0", "tcp://[::]")
-    notify(f"listening on all addresses, port {port}" if everywhere else f"listening on {endpoint}")
+    everywhere = ALL_ADDRESSES.get(host)
+    notify(f"listening on {everywhere}, port {port}" if everywhere else f"listening on {endpoint}")
     if open_to_all and not is_local(endpoint):
         where = f"port {port}" if everywhere else endpoint
         text = f"anyone who can reach {where} can use it; restrict access with --key and --client-keys"

@@ -6,6 +6,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from threading import Thread
 from typing import Any, cast
 
 import zmq
@@ -155,9 +156,22 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
 def _attach(attach: Callable[[str], object], socket: Socket, endpoint: str, verb: str) -> None:
     # With IPV6 on, libzmq tries localhost as ::1 alone.
     socket.ipv6 = "[" in endpoint
-    try:
-        attach(endpoint)
-    except zmq.ZMQError as error:
+    failures: list[zmq.ZMQError] = []
+
+    def run() -> None:
+        try:
+            attach(endpoint)
+        except zmq.ZMQError as error:
+            failures.append(error)
+
+    if is_named(endpoint):
+        # To bind a name may take as long as a name server likes, and meanwhile Python could not handle signals.
+        thread = Thread(target=run, daemon=True)
+        thread.start()
+        thread.join()
+    else:
+        run()
+    for error in failures:
         reason = _REASONS.get(error.errno or 0, error.strerror)
         raise Failure(f"cannot {verb} {endpoint}: {reason}") from error
 
