@@ -6,19 +6,17 @@ libzmq tells when a connection is made, ready and ended. Why nobody is ready is 
 import math
 import struct
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from itertools import count
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
 import zmq
 
 from zmqmsg.console import Failure, notify
+from zmqmsg.diagnosis import Finding, diagnose, resolve_numeric
 from zmqmsg.sockets import Socket, connect, is_named, open_monitor
-
-if TYPE_CHECKING:
-    from zmqmsg.diagnosis import Finding
 
 NOTICE_DELAY = 1.0
 """Seconds of waiting before the user is told of it."""
@@ -52,22 +50,15 @@ T = TypeVar("T")
 _names = (f"inproc://zmqmsg.monitor.{number}" for number in count())
 
 
-class Trouble(NamedTuple):
-    """Why a peer is not ready, in words that go after "waiting for ENDPOINT: ", and whether waiting is of no use."""
-
-    reason: str
-    hopeless: bool = False
-
-
-NO_ANSWER = Trouble("no answer yet")
-HANDSHAKE_FAILING = Trouble("connected, but the ZeroMQ handshake fails")
-CURVE_FAILING = Trouble("CURVE handshake failing; check --server-key")
-NOT_LET_IN = Trouble("it refused: the server does not let us in", hopeless=True)
-KEY_NOT_KNOWN = Trouble("it refused: the server does not know this key", hopeless=True)
+NO_ANSWER = Finding("no answer yet")
+HANDSHAKE_FAILING = Finding("connected, but the ZeroMQ handshake fails")
+CURVE_FAILING = Finding("CURVE handshake failing; check --server-key")
+NOT_LET_IN = Finding("it refused: the server does not let us in", hopeless=True)
+KEY_NOT_KNOWN = Finding("it refused: the server does not know this key", hopeless=True)
 # Statuses of ZAP, ZeroMQ's authentication protocol (RFC 27): a temporary error, and an internal one.
 NOT_REFUSED_FOR_GOOD = {
-    300: Trouble("it refused for now: the server could not check who we are"),
-    500: Trouble("it refused: the server failed to check who we are"),
+    300: Finding("it refused for now: the server could not check who we are"),
+    500: Finding("it refused: the server failed to check who we are"),
 }
 
 
@@ -96,21 +87,6 @@ class Background(Generic[T]):
         self.ended = time.monotonic()
 
 
-# What they import takes 3 ms, and is needed for names and in trouble only.
-
-
-def _resolve(endpoint: str) -> Iterator[list[str]]:
-    from zmqmsg.diagnosis import resolve_numeric
-
-    yield resolve_numeric(endpoint)
-
-
-def _diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool) -> Iterator["Finding"]:
-    from zmqmsg.diagnosis import diagnose
-
-    yield from diagnose(endpoint, wanted, curve=curve, known=known)
-
-
 class Addresses:
     """The endpoints, with addresses in numbers, that an endpoint stands for; one that has no name stands for itself.
 
@@ -128,7 +104,7 @@ class Addresses:
         if not self.left and not is_named(self._endpoint):
             return self._endpoint
         if not self.left and self._resolver is None:
-            self._resolver = Background(_resolve(self._endpoint))
+            self._resolver = Background(resolve_numeric(self._endpoint))
         if self._resolver and self._resolver.ended < math.inf:
             self.left = self._resolver.latest or []
             self._resolver = None
@@ -153,11 +129,9 @@ class Waiting:
         self._finding: Finding | None = None
 
     @property
-    def trouble(self) -> Trouble:
+    def trouble(self) -> Finding:
         """Why the peer is not ready: as the peer or the system says, or else as the last handshake has failed."""
-        if self._finding and self._finding.reason:
-            return Trouble(self._finding.reason, self._finding.hopeless)
-        return self.failure
+        return self._finding if self._finding and self._finding.reason else self.failure
 
     def look(self, link: "Link", now: float, *, known: bool) -> bool:
         """Look at what stands in the way of ``link``, if it is time to; return whether it can be used all the same.
@@ -169,11 +143,11 @@ class Waiting:
             # What is found on the way counts only where the look is held up.
             if look and (look.ended <= now or now - look.began >= self._look_delay):
                 self._finding = look.latest
-            finding = self._finding
-            return bool(finding and finding.old and not finding.hopeless and self._looks_at is link)
+            found = self._finding or NO_ANSWER
+            return found.old and not found.hopeless and self._looks_at is link
         self._looks_at = link if link.connected else None
         wanted = ("REP", "ROUTER") if link.socket.type == zmq.REQ else ("DEALER", "REQ")
-        self._look = Background(_diagnose(self._endpoint, wanted, curve=link.uses_curve, known=known))
+        self._look = Background(diagnose(self._endpoint, wanted, curve=link.uses_curve, known=known))
         return False
 
     def notify(self, now: float) -> None:
@@ -305,10 +279,10 @@ class Connection:
         self._next_update = 0.0  # while a peer is ready
 
     @property
-    def trouble(self) -> Trouble:
+    def trouble(self) -> Finding:
         """Why the peer is not ready. It is never hopeless where a good peer was before, which may come back."""
-        reason, hopeless = self._waiting.trouble if self._waiting else NO_ANSWER
-        return Trouble(reason, hopeless and not self.known)
+        found = self._waiting.trouble if self._waiting else NO_ANSWER
+        return found._replace(hopeless=found.hopeless and not self.known)
 
     def pause(self, now: float) -> float:
         """Return the seconds until ``update()`` is due without an event: more the longer the wait has been."""

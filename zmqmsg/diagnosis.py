@@ -4,11 +4,13 @@ Everything here is asked of the peer or of the system; nothing is deduced from w
 ZMTP, the protocol, is described at https://rfc.zeromq.org/spec/23 (3.0), /15 (2.0) and /13 (1.0).
 """
 
-import socket
 from collections.abc import Collection, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zmqmsg.quoting import abridge
+
+if TYPE_CHECKING:
+    from socket import socket  # otherwise for names and in trouble only: to import it takes 3 ms
 
 GREETING_DELAY = 5.0
 """Seconds after which a peer that has not greeted is likely to be no ZeroMQ, or hung."""
@@ -50,6 +52,8 @@ def resolve(endpoint: str) -> list[tuple[int, Any]]:
 
     Raises OSError if the name cannot be resolved. May take as long as the name server likes.
     """
+    import socket
+
     scheme, _, rest = endpoint.partition("://")
     if scheme == "ipc":
         return [(socket.AF_UNIX, f"\0{rest[1:]}" if rest.startswith("@") else rest)]
@@ -59,13 +63,13 @@ def resolve(endpoint: str) -> list[tuple[int, Any]]:
     return sorted(dict.fromkeys(addresses), key=lambda each: each[0] != socket.AF_INET)
 
 
-def resolve_numeric(endpoint: str) -> list[str]:
-    """Return the endpoints with addresses in numbers that ``endpoint`` stands for; none if it cannot be resolved."""
+def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
+    """Yield, once, the endpoints with addresses in numbers that ``endpoint`` stands for; none if there are none."""
     try:
         addresses = resolve(endpoint)
     except (OSError, UnicodeError):
-        return []
-    return [f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}" for _, (host, port, *_) in addresses]
+        addresses = []
+    yield [f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}" for _, (host, port, *_) in addresses]
 
 
 def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool) -> Iterator[Finding]:
@@ -107,8 +111,10 @@ def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool
             yield Finding("connected, but the connection was closed during the ZeroMQ handshake")
 
 
-def connect(addresses: list[tuple[int, Any]]) -> socket.socket:
+def connect(addresses: list[tuple[int, Any]]) -> "socket":
     """Return a connection to the first of ``addresses`` that accepts one; raise the first OSError if none does."""
+    import socket
+
     failures: list[OSError] = []
     for family, address in addresses:
         peer = socket.socket(family, socket.SOCK_STREAM)
@@ -126,7 +132,7 @@ def connect(addresses: list[tuple[int, Any]]) -> socket.socket:
     raise failures[0]
 
 
-def read_first_words(peer: socket.socket, limit: float) -> bytes:
+def read_first_words(peer: "socket", limit: float) -> bytes:
     """Return what a peer says first: a whole signature, a whole greeting of ZMTP 1, or something else.
 
     Raises TimeoutError if nothing has come within ``limit`` seconds.
@@ -142,7 +148,7 @@ def read_first_words(peer: socket.socket, limit: float) -> bytes:
     return heard
 
 
-def read_answer(peer: socket.socket, heard: bytes, wanted: Collection[str], *, curve: bool) -> Iterator[Finding]:
+def read_answer(peer: "socket", heard: bytes, wanted: Collection[str], *, curve: bool) -> Iterator[Finding]:
     """Go on after the peer has said ``heard``, and yield what it is.
 
     libzmq hangs up on a whole greeting with another mechanism before it shows its own, and JeroMQ 0.3 on any whole
@@ -176,7 +182,7 @@ def read_answer(peer: socket.socket, heard: bytes, wanted: Collection[str], *, c
     yield judge_type(read_socket_type(peer, heard), wanted)
 
 
-def read_socket_type(peer: socket.socket, heard: bytes) -> str:
+def read_socket_type(peer: "socket", heard: bytes) -> str:
     """Return the Socket-Type that the peer names in its READY command, which follows the 64 bytes of its greeting.
 
     It is empty if the peer says something else, such as the ERROR of an authentication that failed, which libzmq
@@ -211,7 +217,7 @@ def judge_type(socket_type: str, wanted: Collection[str]) -> Finding:
     return Finding(f"it is a {socket_type} socket, not a {' or '.join(wanted)}", hopeless=True)
 
 
-def read(peer: socket.socket, heard: bytes, size: int) -> bytes:
+def read(peer: "socket", heard: bytes, size: int) -> bytes:
     """Return ``heard`` and what comes after it, ``size`` bytes at least; raise OSError if they do not come."""
     while len(heard) < size:
         if not (data := peer.recv(4096)):
