@@ -58,8 +58,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("serve --filter a --exec b", ["--exec and --filter"]),
         ("send --raw -0", ["--null and --raw"]),
         ("serve -Q --raw", ["--quoted and --raw"]),
-        ("--timeout 1 send hi", ["--timeout goes behind the command", "zmqmsg send --timeout"]),
-        ("-b tcp://127.0.0.1:1 serve", ["-b goes behind the command", "zmqmsg serve -b"]),
+        ("--timeout 1 send hi", ["--timeout goes after the command", "zmqmsg send --timeout"]),
+        ("-b tcp://127.0.0.1:1 serve", ["-b goes after the command", "zmqmsg serve -b"]),
     ],
 )
 def test_wrong_usage_names_the_value_and_the_way_out(arguments: str, words: list[str]) -> None:

@@ -37,8 +37,10 @@ class Faults:
             target.sendall(data)
             return
         kind = self._random.choice(self._kinds)
-        # Beyond the header of a frame: a length that is damaged there looks to libzmq like a frame that is too large.
-        place = self._random.randrange(min(2, len(data) - 1), len(data))
+        place = self._random.randrange(len(data))
+        if kind in self.KINDS_WITH_CURVE[len(self.KINDS) :]:
+            # In what is encrypted of the last frame. To libzmq, a damaged length is a frame that is too large.
+            place = self._random.randrange(max(0, len(data) - 16), max(1, len(data) - 1))
         self.done[kind] += 1
         match kind:
             case "cut":

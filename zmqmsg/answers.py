@@ -1,18 +1,17 @@
 """How ``serve`` gets its replies: an echo, a fixed text, a command for each request, or a filter that stays."""
 
-import errno
 import os
+import resource
 import select
 import signal
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import click
 
-from zmqmsg.console import Failure, Form, notify
+from zmqmsg.console import CHUNK, SHORTAGES, Failure, Form, notify
 from zmqmsg.quoting import abridge, quote, unquote
 from zmqmsg.signals import STOP_SIGNALS, StopSignals
 
@@ -31,39 +30,32 @@ START_INTERVAL = 0.2
 END_LIMIT = 1.0
 """Seconds that a filter has to end when its input has ended."""
 
-CHUNK = 1 << 16
-"""Bytes read at a time."""
-
 SIGNAL_DELAY = 0.2
 """Seconds within which a signal to a whole group of processes reaches each of them."""
 
-LACKING = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-"""Why a process cannot be started just now: no descriptors, processes or memory."""
+READABLE = select.POLLIN | select.POLLHUP
 
 Frames = Sequence[Any]  # of bytes, or of zmq's Frames, which have them in a buffer
 
 
 class Unanswered(Exception):
-    """A signal has ended what makes the reply, so that what there is of it may be a half of it."""
+    """A signal has ended the program that makes the reply, so the reply may be incomplete."""
 
 
 class Answer:
     """Replies with the request itself: the echo. The others reply otherwise.
 
-    An answer is used as a context: what it needs runs from its start to its end. ``descriptors``: those which are
-    readable when there is something to ``check()`` between requests.
+    An answer is a context: what it needs runs from its start to its end. ``descriptors``: they are readable when there
+    is something to ``check()`` between requests.
     """
 
     descriptors: tuple[int, ...] = ()
 
     def __enter__(self) -> Self:
-        """Start what makes the replies."""
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """End what makes the replies."""
+    def __exit__(self, *_error: object) -> None:
+        pass
 
     def reply_to(self, request: Frames) -> Frames:
         """Return the frames of the reply; raise Unanswered, or Failure if there can be no more replies."""
@@ -74,14 +66,12 @@ class Answer:
 
 
 class Text(Answer):
-    """Replies with the same frames to all requests."""
+    """Replies with the same ``frames`` to all requests."""
 
     def __init__(self, frames: Frames) -> None:
-        """Reply with ``frames``."""
         self._frames = frames
 
     def reply_to(self, request: Frames) -> Frames:
-        """Return the fixed frames."""
         return self._frames
 
 
@@ -116,7 +106,8 @@ class Program(Answer):
 
     def __init__(self, command: str, form: Form, stop: StopSignals) -> None:
         """Use the shell command ``command``, for messages in ``form``, until ``stop`` is requested."""
-        self._command = command
+        # serve raises its own limit of descriptors, and a program may rely on the usual one.
+        self._command = f"ulimit -S -n {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}; {command}"
         self._form = form
         self._stop = stop
         self._told: set[str] = set()
@@ -136,7 +127,7 @@ class Program(Answer):
                     self._stop.sessions.add(process.pid)
             except OSError as error:
                 reason = f"cannot start the command: {error.strerror}"
-                if error.errno not in LACKING:
+                if error.errno not in SHORTAGES:
                     raise Failure(reason) from error
                 self._tell_once(f"{reason}; trying again until it can be started")
                 if self._stop.wait(START_INTERVAL):
@@ -154,9 +145,9 @@ class Program(Answer):
             self._tell_once("stopping after the current request; a second signal ends it at once")
 
     def _was_stopped(self, status: int) -> bool:
-        """Return whether a program ended with ``status`` because of a signal to stop us, too.
+        """Return whether a program that ended with ``status`` was killed by a signal that also stops us.
 
-        Whoever stops a whole group of processes may reach us after it.
+        A signal to a group of processes may reach us after the others.
         """
         return status < 0 and (self._stop.requested or (-status in STOP_SIGNALS and self._stop.wait(SIGNAL_DELAY)))
 
@@ -208,7 +199,7 @@ class Command(Program):
             except TimeoutExpired:
                 data = None  # subprocess goes on with it
             self._tell_of_stop()
-            if process.poll() is not None:
+            if has_ended(process):
                 self._tell_once(
                     "the command has ended, but something that it left running keeps its output open, and so the reply"
                     " back; redirect the output of what goes on, as in: >/dev/null &"
@@ -232,10 +223,8 @@ class Filter(Program):
         self.descriptors = (self._output,)
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Let the command end by the end of its input, and then end all that is left of it."""
+    def __exit__(self, *_error: object) -> None:
+        """Let the command end by the end of its input, and then kill what is left of its session."""
         if self._process.stdin:
             self._process.stdin.close()
         self._await_end()
@@ -244,17 +233,12 @@ class Filter(Program):
         self._process.wait()
         self._stop.sessions.discard(self._process.pid)
 
-    def _await_end(self) -> int | None:
-        """Return the status with which the command has ended; None if it has not within a second.
-
-        It is not reaped yet, so that nobody else can have its id when the rest of its session is killed.
-        """
+    def _await_end(self) -> bool:
+        """Return whether the command has ended, or does within END_LIMIT seconds."""
         end = time.monotonic() + END_LIMIT
-        while not (ended := os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)):
-            if time.monotonic() >= end:
-                return None
+        while not has_ended(self._process) and time.monotonic() < end:
             time.sleep(0.01)
-        return ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+        return has_ended(self._process)
 
     def reply_to(self, request: Frames) -> Frames:
         """Return the line that the filter answers with."""
@@ -269,7 +253,7 @@ class Filter(Program):
 
     def check(self) -> None:
         """Raise Failure, or Unanswered after a signal, if the filter has ended or printed what nobody asked for."""
-        if select.select([self._output], [], [], 0)[0]:
+        if self._poll(0, writing=False) & READABLE:
             if data := os.read(self._output, CHUNK):
                 self._fail_for_line(data)
             self._fail_for_end()
@@ -280,13 +264,13 @@ class Filter(Program):
         heard = bytearray()
         since = time.monotonic()
         while True:
-            readable, writable, _ = select.select([self._output], [self._input] if unwritten else [], [], NOTICE_DELAY)
-            if writable:
+            events = self._poll(NOTICE_DELAY, writing=bool(unwritten))
+            if events & select.POLLOUT:
                 try:
                     unwritten = unwritten[os.write(self._input, unwritten) :]
                 except BrokenPipeError:
                     self._fail_for_end()
-            if readable:
+            if events & READABLE:
                 begin = len(heard)
                 heard += os.read(self._output, CHUNK)
                 if len(heard) == begin:
@@ -295,20 +279,36 @@ class Filter(Program):
                     if len(heard) > place + 1 or unwritten:
                         self._fail_for_line(bytes(heard if unwritten else heard[place + 1 :]))
                     return bytes(heard[:place])
-            elif time.monotonic() - since >= NOTICE_DELAY:
+            elif not events and time.monotonic() - since >= NOTICE_DELAY:
                 self._tell_once("the filter has not answered for a second; it may not flush its output, or read ahead")
                 self._tell_of_stop()
+
+    def _poll(self, seconds: float, *, writing: bool) -> int:
+        """Wait until the output is READABLE or, if ``writing``, the input takes something (POLLOUT); return which."""
+        poll = select.poll()
+        poll.register(self._output, select.POLLIN)
+        if writing:
+            poll.register(self._input, select.POLLOUT)
+        found = dict(poll.poll(seconds * 1000))
+        return (found.get(self._output, 0) & READABLE) | (select.POLLOUT if self._input in found else 0)
 
     def _fail_for_line(self, data: bytes) -> NoReturn:
         raise Failure(f"the filter printed {abridge(data)}, which no request asked for; replies cannot be told apart")
 
     def _fail_for_end(self) -> NoReturn:
-        status = self._await_end()
-        if status is None:
+        if not self._await_end():
             raise Failure("the filter closed its input or output, so there can be no more replies")
+        status = self._process.wait()
         if self._was_stopped(status):
             raise Unanswered("the filter was stopped, too")
         raise Failure(f"the filter {describe_status(status)}, so there can be no more replies")
+
+
+def has_ended(process: "Popen[bytes]") -> bool:
+    """Return whether ``process`` has ended, without reaping it: nobody else can have its id yet."""
+    return process.returncode is not None or bool(
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG)
+    )
 
 
 def describe_status(status: int) -> str:

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import click
@@ -17,17 +18,17 @@ LEAST_SIZE = 512
 
 
 class Option(click.Option):
-    """An option that a variable of the environment sets also if it is empty.
+    """An option that an empty variable of the environment sets to an empty value.
 
-    click takes an empty variable as one that is not there, before any type sees it: a secret that renders empty would
-    turn authentication off. Blanks alone count as empty. Only flags may be empty, which means no.
+    click ignores an empty variable, so an empty secret would turn authentication off. Blanks count as empty. Only flags
+    accept an empty value; it means no.
     """
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        value = super().resolve_envvar_value(ctx)
-        if value is None and not self.is_flag and ctx.auto_envvar_prefix and self.name:
-            value = os.environ.get(str(self.envvar or f"{ctx.auto_envvar_prefix}_{self.name.upper()}"))
-        return value and (value if value.strip() else "")
+        if not self.allow_from_autoenv:
+            return None
+        value = os.environ.get(str(self.envvar or f"{ctx.auto_envvar_prefix}_{self.name}".upper()))
+        return value if value is None or value.strip() else ""
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         value = super().value_from_envvar(ctx)
@@ -35,7 +36,7 @@ class Option(click.Option):
 
 
 class Commands(click.Group):
-    """The commands. An option in front of them that belongs behind is told as that."""
+    """Says of an option before the command that it belongs after it."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         try:
@@ -43,53 +44,57 @@ class Commands(click.Group):
         except click.NoSuchOption as error:
             for name, command in self.commands.items():
                 if any(error.option_name in option.opts for option in command.params):
-                    where = f"{error.option_name} goes behind the command, as in: zmqmsg {name} {error.option_name}"
+                    where = f"{error.option_name} goes after the command, as in: zmqmsg {name} {error.option_name}"
                     raise click.UsageError(where, ctx) from None
             raise
 
 
-class Endpoint(click.ParamType[str]):
-    """An endpoint that libzmq understands, to be bound or connected to."""
+class Parsed(click.ParamType[Any]):
+    """A value that ``parse`` understands; it raises ValueError with a message for the user."""
 
-    name = "endpoint"
+    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
+        self.name = name
+        self._parse = parse
 
-    def __init__(self, *, bind: bool) -> None:
-        self._bind = bind
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        from zmqmsg.sockets import check_endpoint  # not for --help and completion: it imports zmq
-
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return check_endpoint(value, bind=self._bind)
+            return self._parse(str(value))
         except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class Size(click.ParamType[int]):
-    """A number of bytes, with K, M or G for 1024 of the last."""
+def parse_endpoint(text: str, *, bind: bool) -> str:
+    """Return ``text`` if it is an endpoint that can be bound, or else connected to."""
+    from zmqmsg.sockets import check_endpoint  # not for --help and completion: it imports zmq
 
-    name = "bytes"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        match = re.fullmatch("([0-9]{1,10})([KMG]?)", value.upper())
-        size = int(match[1]) << 10 * " KMG".index(match[2] or " ") if match else 0
-        if not LEAST_SIZE <= size < 1 << 63:
-            self.fail(f"'{value}' is not a size such as 65536, 64M or 1G, and {LEAST_SIZE} at least", param, ctx)
-        return size
+    return check_endpoint(text, bind=bind)
 
 
-class Number(click.ParamType[int]):
-    """A whole number from ``least`` on. click's IntRange says "-1 is not in the range x>=0"."""
+def parse_size(text: str) -> int:
+    """Return a number of bytes. K, M and G are powers of 1024."""
+    match = re.fullmatch("([0-9]{1,10})([KMG]?)", text.upper())
+    size = int(match[1]) << 10 * " KMG".index(match[2] or " ") if match else 0
+    if size < LEAST_SIZE:
+        raise ValueError(f"'{text}' is not a size such as 65536, 64M or 1G, and {LEAST_SIZE} at least")
+    return size
 
-    name = "number"
 
-    def __init__(self, least: int) -> None:
-        self._least = least
+def parse_number(text: str, *, least: int) -> int:
+    """Return a whole number of ``least`` or more. click's IntRange says "-1 is not in the range x>=0"."""
+    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
+        raise ValueError(f"'{text}' is not a whole number of {least} or more")
+    return int(text)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        if not re.fullmatch("[0-9]{1,18}", str(value)) or int(value) < self._least:
-            self.fail(f"'{value}' is not a whole number of {self._least} or more", param, ctx)
-        return int(value)
+
+def parse_seconds(text: str) -> float:
+    """Return a time above 0. click's FloatRange accepts NaN, and says "is not a valid float range"."""
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(f"'{text}' is not a number of seconds above 0, such as 2 or 0.5")
+    return seconds
 
 
 class FilePath(click.Path):
@@ -99,21 +104,6 @@ class FilePath(click.Path):
         if not value:
             self.fail("the path is empty", param, ctx)
         return super().convert(value, param, ctx)
-
-
-class Seconds(click.ParamType[float]):
-    """A time above 0, in seconds. click's FloatRange lets NaN through, and says "is not a valid float range"."""
-
-    name = "seconds"
-
-    def convert(self, value: str, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        try:
-            seconds = float(value)
-        except ValueError:
-            seconds = math.nan
-        if not 0 < seconds < math.inf:
-            self.fail(f"'{value}' is not a number of seconds above 0, such as 2 or 0.5", param, ctx)
-        return seconds
 
 
 def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
@@ -130,7 +120,8 @@ DESCRIPTORS = 16
 """File descriptors that a command needs beside its standard streams; libzmq aborts where it gets none."""
 
 
-def _require_descriptors() -> None:
+def _run(command: str, options: dict[str, Any]) -> None:
+    """Do what ``command`` does. It is imported only now: --help and completion need no zmq."""
     pipes: list[int] = []
     try:
         while len(pipes) < DESCRIPTORS:
@@ -140,11 +131,8 @@ def _require_descriptors() -> None:
     finally:
         for descriptor in pipes:
             os.close(descriptor)
-
-
-def _run(run: Callable[..., None], options: dict[str, Any]) -> None:
-    # The garbage collector would go through all that was imported, again and again, and once more at exit; main() has
-    # switched it off for the imports.
+    run = import_module(f"zmqmsg.{command}").run
+    # main() has switched the garbage collector off: it would go through all that is imported, again and again.
     gc.freeze()
     gc.enable()
     run(**options)
@@ -177,8 +165,14 @@ def cli() -> None:
     """
 
 
-_KEY_FILE = FilePath(dir_okay=False)
-_INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
+BIND_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=True))
+CONNECT_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=False))
+ZERO_OR_MORE = Parsed("number", partial(parse_number, least=0))
+ONE_OR_MORE = Parsed("number", partial(parse_number, least=1))
+SECONDS = Parsed("seconds", parse_seconds)
+SIZE = Parsed("bytes", parse_size)
+KEY_FILE = FilePath(dir_okay=False)
+INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
 
 option = partial(click.option, cls=Option)
 
@@ -188,22 +182,18 @@ _quoted = option(
     "-Q", "--quoted", is_flag=True, help="One line per message: frames separated by TAB, special bytes escaped."
 )
 _raw = option("--raw", is_flag=True, help="Print messages as they are, with nothing after them.")
-_max_size = option("--max-size", type=Size(), default="64M", show_default=True, help="Refuse larger frames.")
-_key = option("--key", type=_KEY_FILE, help="Your CURVE secret key file; created if missing.")
+_max_size = option("--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames.")
+_key = option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing.")
 
 
 @cli.command()
 @option(
-    "-b",
-    "--bind",
-    type=Endpoint(bind=True),
-    multiple=True,
-    help=f"Bind here; repeatable.  [default: {DEFAULT_ENDPOINT}]",
+    "-b", "--bind", type=BIND_ENDPOINT, multiple=True, help=f"Bind here; repeatable.  [default: {DEFAULT_ENDPOINT}]"
 )
 @option(
     "-c",
     "--connect",
-    type=Endpoint(bind=False),
+    type=CONNECT_ENDPOINT,
     multiple=True,
     help="Connect to a broker's DEALER as a worker; repeatable.",
 )
@@ -223,7 +213,7 @@ _key = option("--key", type=_KEY_FILE, help="Your CURVE secret key file; created
     envvar="ZMQMSG_SERVE_FILTER",
     help="Start the shell COMMAND once; it reads each request as a line, and answers with a line.",
 )
-@option("-n", "--count", type=Number(1), metavar="N", help="Stop after N requests.")
+@option("-n", "--count", type=ONE_OR_MORE, metavar="N", help="Stop after N requests.")
 @option("-q", "--quiet", is_flag=True, help="Do not print requests.")
 @option("-v", "--verbose", is_flag=True, help="Report who asked, how much, and how long the answer took.")
 @_null
@@ -232,7 +222,7 @@ _key = option("--key", type=_KEY_FILE, help="Your CURVE secret key file; created
 @_max_size
 @_key
 @option("--client-keys", type=FilePath(), help="Accept only clients whose public keys are in this file or directory.")
-@option("--server-key", type=_KEY_FILE, help="The broker's CURVE public key file (with --connect).")
+@option("--server-key", type=KEY_FILE, help="The broker's CURVE public key file (with --connect).")
 def serve(**options: Any) -> None:
     """Answer requests on a REP socket.
 
@@ -259,33 +249,30 @@ def serve(**options: Any) -> None:
       1  something failed
       2  wrong usage
     """
-    _require_descriptors()
-    from zmqmsg.serve import run
-
-    _run(run, options)
+    _run("serve", options)
 
 
 @cli.command()
 @option(
     "-c",
     "--connect",
-    type=Endpoint(bind=False),
+    type=CONNECT_ENDPOINT,
     multiple=True,
     help=f"Connect here; repeatable.  [default: {DEFAULT_ENDPOINT}]",
 )
 @option(
-    "-t", "--timeout", type=Seconds(), metavar="SECONDS", help="Seconds to wait in each attempt.  [default: no limit]"
+    "-t", "--timeout", type=SECONDS, metavar="SECONDS", help="Seconds to wait in each attempt.  [default: no limit]"
 )
 @option(
     "-r",
     "--retries",
-    type=Number(0),
+    type=ZERO_OR_MORE,
     metavar="N",
     default=3,
     show_default=True,
     help="Send again up to N times after a timeout or a broken connection.",
 )
-@option("-f", "--file", type=_INPUT_FILE, multiple=True, help="Send a whole file (- for standard input); repeatable.")
+@option("-f", "--file", type=INPUT_FILE, multiple=True, help="Send a whole file (- for standard input); repeatable.")
 @option("-m", "--multipart", is_flag=True, help="Send all messages as the frames of one request.")
 @option("-v", "--verbose", is_flag=True, help="Report connections, who replied, how much, and after how long.")
 @_null
@@ -293,7 +280,7 @@ def serve(**options: Any) -> None:
 @_raw
 @_max_size
 @_key
-@option("--server-key", type=_KEY_FILE, help="The server's CURVE public key file.")
+@option("--server-key", type=KEY_FILE, help="The server's CURVE public key file.")
 @click.argument("message", nargs=-1)
 def send(**options: Any) -> None:
     """Send each MESSAGE as a request, and print each reply.
@@ -320,7 +307,4 @@ def send(**options: Any) -> None:
       2  wrong usage
       3  no reply, but the current message may have been served
     """
-    _require_descriptors()
-    from zmqmsg.send import run
-
-    _run(run, options)
+    _run("send", options)

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar, cast
 import zmq
 
 from zmqmsg.console import Failure, notify
-from zmqmsg.diagnosis import Finding, diagnose, resolve_numeric
+from zmqmsg.diagnosis import CONNECT_LIMIT, Finding, diagnose, resolve_numeric
 from zmqmsg.sockets import Socket, connect, is_named, open_monitor
 
 NOTICE_DELAY = 1.0
@@ -27,6 +27,9 @@ LOOK_DELAY = 0.5
 LOOK_INTERVAL = 1.0
 """Seconds between the end of a look and the next one."""
 
+RESOLVE_INTERVAL = 1.0
+"""Seconds after a name could not be resolved before it is tried again."""
+
 CONNECT_INTERVAL = 0.3
 """Seconds at least from one attempt to connect to the next."""
 
@@ -34,8 +37,8 @@ RETRY_DELAY = 0.1
 """Seconds within which libzmq says that it would connect again, if the peer has ended the connection."""
 
 UPDATE_INTERVAL = 0.001
-"""Seconds from one look at the monitor of a ready peer to the next: one for each request takes 10 % of a stream's time.
-A request that is sent into a connection which has ended in between counts as one that may have been sent."""
+"""Seconds from one look at the monitor of a ready peer to the next: a look before each request would cost 10 % of the
+throughput. A request that is sent into a connection which has ended in between counts as one that was sent."""
 
 POLLIN = int(zmq.POLLIN)  # arithmetic with the enum itself is slow
 CONNECTED = int(zmq.EVENT_CONNECTED)
@@ -100,14 +103,14 @@ class Addresses:
         self._resolver: Background[list[str]] | None = None
 
     def next(self) -> str | None:
-        """Return the next one, and after the last one the first; None while the name is resolved, or if it cannot."""
-        if not self.left and not is_named(self._endpoint):
+        """Return the next one, or None while the name is resolved. After the last one, it is resolved again."""
+        if not is_named(self._endpoint):
             return self._endpoint
-        if not self.left and self._resolver is None:
-            self._resolver = Background(resolve_numeric(self._endpoint))
-        if self._resolver and self._resolver.ended < math.inf:
-            self.left = self._resolver.latest or []
+        if self._resolver and self._resolver.ended < math.inf and self._resolver.latest:
+            self.left = self._resolver.latest
             self._resolver = None
+        elif not self.left and (not self._resolver or time.monotonic() >= self._resolver.ended + RESOLVE_INTERVAL):
+            self._resolver = Background(resolve_numeric(self._endpoint))
         return self.left.pop(0) if self.left else None
 
 
@@ -202,8 +205,9 @@ class Link:
         """Whether the socket has CURVE keys."""
         return bool(self.socket.mechanism == zmq.CURVE)
 
-    def connect(self, endpoint: str) -> None:
-        """Connect to ``endpoint``, whose address is in numbers."""
+    def connect(self, endpoint: str, *, limit: float) -> None:
+        """Connect to ``endpoint``, whose address is in numbers; ``limit``: seconds to accept the connection, 0: any."""
+        self.socket.connect_timeout = round(limit * 1000)
         connect(self.socket, endpoint)
         self.connecting = True
         if endpoint.startswith("inproc://"):  # which raises no events
@@ -240,7 +244,7 @@ class Link:
         if self.socket.closed:
             return
         self.read_events()
-        # First, or libzmq's I/O thread waits for ever to send an event of the closing to a monitor that is gone.
+        # First; otherwise libzmq's I/O thread waits for ever to send an event of the closing to a monitor that is gone.
         self.socket.disable_monitor()
         self.socket.close(None if self.connected and not self.ended else 0)
         self.monitor.close()
@@ -311,7 +315,7 @@ class Connection:
             self.renew()
         if not self.link.connecting and now >= self._next_connect and (address := self._addresses.next()):
             self._next_connect = now + CONNECT_INTERVAL
-            self.link.connect(address)
+            self.link.connect(address, limit=CONNECT_LIMIT if address != self.endpoint else 0)
         if self._waiting and self._waiting.look(self.link, now, known=self.known):
             self.link.trust()
         elif self._waiting:

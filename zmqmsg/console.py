@@ -21,12 +21,16 @@ LONG_INPUT = 65536
 """Bytes of redirected standard input from which on there is a progress bar."""
 
 SILENCE = 0.5
-"""Seconds without input after which a reader looks after something else."""
+"""Seconds without input after which whoever reads messages can do something else."""
 
 STALL = 1.0
 """Seconds after which an output counts as one that nobody reads."""
 
 HIDE_CURSOR = "\033[?25l"
+
+
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+"""Errors of the system that may be over soon: no descriptors, processes or memory."""
 
 
 class Failure(click.ClickException):
@@ -68,11 +72,10 @@ class Form(NamedTuple):
 
 
 class _StandardError(io.TextIOBase):
-    """Standard error, for notices and click's progress bar: unbuffered, and no reason to fail.
+    """Standard error, unbuffered, for notices and click's progress bar. It never fails.
 
-    What cannot be written is dropped, and so is what nobody reads for a second, or at all until somebody reads again: a
-    terminal that is stopped by Ctrl-S must not keep a signal from ending us. What a buffer kept would fail again when
-    Python ends, with status 120.
+    If nobody reads for a second, text is dropped until somebody does: a terminal that is stopped by Ctrl-S must not
+    keep a signal from ending us. What a buffer could not write would fail again at Python's end, with status 120.
     """
 
     line_begun = False
@@ -132,19 +135,18 @@ class Output:
         self._unwritten: list[Any] = []
         self._told = False
 
-    def write(self, frames: Sequence[Any]) -> bool:
-        """Write ``frames``, one or more, which are bytes or have them in a buffer; return as ``flush()`` does."""
+    def add(self, frames: Sequence[Any]) -> None:
+        """Take ``frames``, one or more, which are bytes or have them in a buffer, for the next ``flush()``."""
         if self._form.quoted or self._terminal:
             frames = [self._make_readable([bytes(frame) for frame in frames])]
         terminator = self._form.terminator
         if len(frames) == 1 and len(frames[0]) >= CHUNK:
-            self._unwritten = [frames[0], terminator]
+            self._unwritten = [part for part in (frames[0], terminator) if part]
         else:
             self._unwritten = [terminator.join([*frames, b""])]
-        return self.flush()
 
     def flush(self) -> bool:
-        """Write what is not written yet; return False if nobody has read for a second, and so there is still some.
+        """Write what was added; return False if nobody has read for a second, and some of it is still to be written.
 
         Raises BrokenPipeError if the reader is gone, Failure if writing fails otherwise.
         """
@@ -165,9 +167,9 @@ class Output:
         return True
 
     def _choose_piece(self) -> int:
-        """Return how many bytes can be written without waiting where some can; 0 for a file: nobody has to read it.
+        """Return how many bytes a writable stream takes for sure; 0 for a file, which takes all.
 
-        So a reader that stops never keeps us in a system call. A terminal's buffer is given out in pieces of 256 bytes.
+        Writing more could block for as long as nobody reads. A terminal's buffer grows in steps of 256 bytes.
         """
         if self._terminal:
             return 256

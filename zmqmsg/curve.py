@@ -9,6 +9,7 @@ import stat
 import struct
 import time
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 from shlex import quote
 from threading import Thread
@@ -18,16 +19,13 @@ import click
 import zmq
 from zmq.utils import z85
 
-from zmqmsg.console import notify
+from zmqmsg.console import SHORTAGES, notify
 from zmqmsg.sockets import Context, Socket, new_socket
 
 KEY_FILE_LIMIT = 65536
 """Bytes that a key file may have."""
 
 EXAMPLE = 'it has a line like this one: public-key = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"'
-
-TEMPORARY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
-"""Why a file cannot be read just now, though it could be at another time."""
 
 SCAN_SHARE = 5
 """How many times the duration of the last scan of all client keys passes before the next one, for unknown keys."""
@@ -100,7 +98,7 @@ def load_server_keys(key: str, client_keys: str | None) -> CurveKeys:
 def load_key_pair(path: str) -> tuple[bytes, bytes]:
     """Return the public and the secret key in the file at ``path``, created if it is missing.
 
-    A missing public half beside it is written again. Raises UsageError if the file cannot be used.
+    If its public half is missing, that is written again. Raises UsageError if the file cannot be used.
     """
     created = not os.path.exists(path) and _create(path)
     public, secret, status = _load(path, fifo=True)
@@ -141,14 +139,14 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
     except OSError as error:
         raise click.UsageError(f"cannot read key file {path}: {error.strerror}") from error
     halves = dict(reversed(_HALF.findall(data))) or {b"public": data.strip()}
-    keys = [halves.get(b"public", b""), *([halves[b"secret"]] if b"secret" in halves else [])]
+    public, secret = halves.get(b"public", b""), halves.get(b"secret")
     try:
-        valid = all(len(z85.decode(key)) == 32 for key in keys)
+        valid = all(len(z85.decode(half)) == 32 for half in (public, secret) if half is not None)
     except (ValueError, KeyError, IndexError, struct.error):  # the latter from pyzmq
         valid = False
     if not valid:
         raise click.UsageError(f"{path} is not a CURVE key file: {EXAMPLE}")
-    return keys[0], keys[1] if len(keys) > 1 else b"", status
+    return public, secret or b"", status
 
 
 def _read(path: str, *, fifo: bool) -> tuple[bytes, os.stat_result]:
@@ -190,15 +188,15 @@ def _certificate(public: bytes) -> str:
 
 def _write(path: str, text: str, mode: int) -> bool:
     """Create the file at ``path``, whole or not at all; return False if there is one. Raises UsageError."""
-    draft = f"{path}.{os.getpid()}"
+    draft = f"{path}.{os.urandom(8).hex()}"
     try:
-        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
-            with open(descriptor, "w") as file:
+            with open(draft, "x", opener=partial(os.open, mode=mode)) as file:
                 file.write(text)
             os.link(draft, path)
         finally:
-            os.unlink(draft)
+            with suppress(FileNotFoundError):
+                os.unlink(draft)
     except FileExistsError:
         return False
     except OSError as error:
@@ -212,9 +210,9 @@ def _write(path: str, text: str, mode: int) -> bool:
 class ClientKeys:
     """The public keys in a file, or in the files of a directory, as they are at each look-up.
 
-    A known key counts as long as its file is unchanged, which takes one look at that file. Others take a scan of all
-    files, of which only those are read that have changed; scans take a limited share of the time, so that strangers
-    cannot keep clients waiting. A file that is not a public key lets nobody in; a notice names it.
+    A known key counts as long as its file is unchanged, which takes one call of stat. For other keys, all files are
+    scanned, and those that have changed are read; scans take a limited share of the time, so that strangers cannot keep
+    clients waiting. A file that is not a public key lets nobody in; a notice names it.
     """
 
     def __init__(self, path: str) -> None:
@@ -288,7 +286,7 @@ class ClientKeys:
             return signature, load_public_key(path, fifo=False)
         except click.UsageError as error:
             cause = error.__cause__
-            if isinstance(cause, OSError) and cause.errno in TEMPORARY:
+            if isinstance(cause, OSError) and cause.errno in SHORTAGES:
                 return None
             notify(f"{error.message}; it lets nobody in", "yellow")
             return signature, None

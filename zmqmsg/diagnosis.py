@@ -1,4 +1,4 @@
-"""What stands in the way at an endpoint: go there with a plain socket, and say where the way ends.
+"""What stands in the way at an endpoint: connect with a plain socket, and report how far the handshake gets.
 
 Everything here is asked of the peer or of the system; nothing is deduced from what libzmq reports. Does not import zmq.
 ZMTP, the protocol, is described at https://rfc.zeromq.org/spec/23 (3.0), /15 (2.0) and /13 (1.0).
@@ -69,7 +69,11 @@ def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
         addresses = resolve(endpoint)
     except (OSError, UnicodeError):
         addresses = []
-    yield [f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}" for _, (host, port, *_) in addresses]
+    yield [
+        # An IPv6 address has a flow label and a scope, which a link-local one needs.
+        f"tcp://[{host}{f'%{rest[1]}' if rest[1] else ''}]:{port}" if rest else f"tcp://{host}:{port}"
+        for _family, (host, port, *rest) in addresses
+    ]
 
 
 def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool) -> Iterator[Finding]:
@@ -117,16 +121,18 @@ def connect(addresses: list[tuple[int, Any]]) -> "socket":
 
     failures: list[OSError] = []
     for family, address in addresses:
-        peer = socket.socket(family, socket.SOCK_STREAM)
-        peer.settimeout(LIMIT if len(addresses) == 1 else CONNECT_LIMIT)
+        peer = None
         try:
+            peer = socket.socket(family, socket.SOCK_STREAM)
+            peer.settimeout(LIMIT if len(addresses) == 1 else CONNECT_LIMIT)
             peer.connect(address)
             # TCP can connect to a free port from that very port.
             if family != socket.AF_UNIX and peer.getsockname() == peer.getpeername():
                 raise ConnectionRefusedError("Connection refused")
         except OSError as error:
             failures.append(error)
-            peer.close()
+            if peer:
+                peer.close()
         else:
             return peer
     raise failures[0]

@@ -40,11 +40,6 @@ def escape(frame: bytes) -> bytes:
     return _translate(frame, _ON_TERMINAL)
 
 
-def escape_lines(text: str) -> str:
-    """Return ``text`` as ``escape`` does, with its newlines and TABs kept."""
-    return text.translate(_ON_TERMINAL)
-
-
 def escape_line(text: str) -> str:
     """Return ``text`` as one line that a terminal can show: newline and TAB are escaped, too."""
     return text.translate(_IN_NOTICE)

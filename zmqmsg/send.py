@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
-from itertools import count
 from typing import NamedTuple
 
 import click
@@ -49,7 +48,7 @@ def run(
         from zmqmsg.curve import load_client_keys  # 5 ms, for CURVE alone
 
         apply_keys = load_client_keys(key, server_key).apply
-    # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
+    # The shared context: pyzmq would terminate another one, and block on what is not sent yet.
     context: Context = zmq.Context.instance()
     open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, apply_keys=apply_keys)
     # Early enough for an attempt to end with what was found.
@@ -70,9 +69,9 @@ def run(
                 client.update()
                 continue
             reply = client.ask(frames)
-            written = output.write(reply.frames)
-            while not written:
-                written = output.flush()
+            output.add(reply.frames)
+            while not output.flush():
+                pass
             if verbose:
                 times.add(reply)
         if reply is None:
@@ -174,12 +173,15 @@ class Client:
         started = time.monotonic()
         self._sent = False
         hint = ""
-        for attempt in count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             try:
                 return self._attempt(frames, time.monotonic() + self._timeout)
             except AttemptFailed as failed:
-                # That the connection was lost says more of the request than what was seen later.
+                # A lost connection says more about the request than a later failure.
                 hint = hint if hint == CRASHED else failed.hint or hint
+                # If no server was ever there, another attempt would not find one either.
                 in_vain = not self._sent and not any(connection.known for connection in self._connections)
                 if failed.final or in_vain or attempt > self._retries:
                     tries = f"({count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s)"
@@ -188,7 +190,6 @@ class Client:
                 notify(f"{failed}; retrying ({attempt} of {self._retries})")
             except Failure as failure:
                 raise self._failure(failure.message) from None
-        raise AssertionError("count() ends")
 
     def _failure(self, text: str) -> Failure:
         return NoReply(text) if self._sent else Failure(text)
@@ -206,9 +207,13 @@ class Client:
     def _attempt(self, frames: Sequence[bytes], deadline: float) -> Reply:
         connection = self._wait_for_peer(deadline)
         started = time.monotonic()
-        self._sent = True
         try:
-            if not (reply := exchange(connection, frames, deadline)):
+            try:
+                send(connection.link.socket, frames, NOW)
+            except zmq.Again:  # libzmq has just given the connection up, and sending would block for ever
+                raise AttemptFailed(f"connection to {connection.endpoint} lost") from None
+            self._sent = True
+            if not (reply := receive_reply(connection, deadline)):
                 raise AttemptFailed(f"no reply from {connection.endpoint} within {self._timeout:g} s", UNANSWERED)
         except AttemptFailed:
             connection.renew()  # that takes the request back, and whatever comes late
@@ -229,31 +234,26 @@ class Client:
             wait(self._connections, [], deadline)
 
 
-def exchange(connection: Connection, frames: Sequence[bytes], deadline: float) -> list[zmq.Frame]:
-    """Send ``frames`` over ``connection``, whose peer is ready, and return the frames of the reply.
+def receive_reply(connection: Connection, deadline: float) -> list[zmq.Frame]:
+    """Return the frames of the reply to a request that was just sent over ``connection``; none at ``deadline``.
 
-    There are none at ``deadline``. Raises AttemptFailed if the connection ends.
+    Raises AttemptFailed if the connection ends.
     """
     link = connection.link
-    lost = AttemptFailed(f"connection to {connection.endpoint} lost", CRASHED)
-    try:
-        send(link.socket, frames, NOW)
-    except zmq.Again:  # libzmq has just given the connection up, and sending would block for ever
-        raise lost from None
     if reply := _spin(link.socket):
         return reply
     notice_at = time.monotonic() + NOTICE_DELAY
     while True:
         wait([connection], [link.socket], min(deadline, notice_at))
         link.read_events()
+        # Before the look into the socket: a reply may have come just before the end of the connection.
         ended = link.ended
-        # Only now: a reply that came before the connection ended lies in the socket.
         if reply := receive(link.socket):
             return reply
         if ended and link.was_rejected():
             raise AttemptFailed(f"the reply from {connection.endpoint} was rejected: {REJECTED}", final=True)
         if ended:
-            raise lost
+            raise AttemptFailed(f"connection to {connection.endpoint} lost", CRASHED)
         now = time.monotonic()
         if now >= deadline:
             return []

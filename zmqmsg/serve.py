@@ -45,16 +45,16 @@ def run(
 
     Raises Failure.
     """
+    form = Form.choose(null=null, quoted=quoted, raw=raw)
+    stop = StopSignals()
+    answer = choose_answer(reply, command, filter_command, form, stop)
     # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
     with suppress(OSError, ValueError):
         hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    form = Form.choose(null=null, quoted=quoted, raw=raw)
-    stop = StopSignals()
-    answer = choose_answer(reply, command, filter_command, form, stop)
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
     keys_bound, keys_connected = load_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
-    # The shared context, since pyzmq would terminate another one, and wait for what we do not want to wait for.
+    # The shared context: pyzmq would terminate another one, and block on what is not sent yet.
     context: Context = zmq.Context.instance()
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
     server = Server(answer, stop, output=None if quiet else Output(form), count=count, verbose=verbose)
@@ -68,7 +68,7 @@ def run(
             for endpoint in connect
         ]
         endpoints = [stack.enter_context(bound(listener, endpoint)) for endpoint in bind]
-        # Only now: to bind may wait for a name server, which a signal ends at once.
+        # Binding may wait for a name server. Until then, a signal ends the process at once.
         stop.install()
         for endpoint in endpoints:
             announce(endpoint, open_to_all=not client_keys)
@@ -195,13 +195,11 @@ class Server:
             peer = name_peer(request[0], authenticated=bool(socket.zap_domain))
             text = f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}"
             notify(f"{text}, {seconds * 1000:.2f} ms")
-        if self._output and not self._output.write(request):
-            self._wait_for_reader(self._output)
-
-    def _wait_for_reader(self, output: Output) -> None:
-        while not output.flush():
-            if self._stop.requested:
-                raise Failure("standard output is not being read; 1 request was answered, but not printed")
+        if self._output:
+            self._output.add(request)
+            while not self._output.flush():
+                if self._stop.requested:
+                    raise Failure("standard output is not being read; 1 request was answered, but not printed")
 
 
 def name_peer(frame: zmq.Frame, *, authenticated: bool) -> str:

@@ -25,10 +25,6 @@ just before the end of the connection."""
 RECEIVE_LIMIT = 8
 """Messages that libzmq receives ahead from each peer. With 1, a CURVE server with a ZAP handler receives nothing."""
 
-CONNECT_LIMIT = 10_000
-"""Milliseconds in which an address of a name has to accept a connection, or the next one is tried."""
-
-
 _TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
 _REASONS = {
@@ -78,7 +74,7 @@ def ipc_path(endpoint: str) -> str:
 
 
 def new_socket(context: Context, socket_type: int) -> Socket:
-    """Return a socket with the options that it has by itself; raise Failure if there are too many."""
+    """Return a socket with the default options; raise Failure if there are too many."""
     try:
         return context.socket(socket_type)
     except zmq.ZMQError as error:
@@ -88,7 +84,7 @@ def new_socket(context: Context, socket_type: int) -> Socket:
 def open_socket(
     context: Context, socket_type: int, *, max_size: int = -1, linger: int = 0, apply_keys: ApplyKeys | None = None
 ) -> Socket:
-    """Open a socket with the options that both commands share. ``receive`` does not wait on it.
+    """Open a socket with the options that both commands share. Its receive timeout is 0.
 
     ``max_size``: bytes of the largest frame that a peer may send (-1: any). ``linger``: milliseconds for which closing
     keeps what is not sent yet (-1: no limit). ``apply_keys``: lets the socket use CURVE.
