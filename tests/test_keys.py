@@ -520,6 +520,13 @@ def test_a_single_file_of_client_keys_may_change_and_go_as_well(keys: Keys, tmp_
     assert known.find(keys.stranger.key.public) is None
 
 
+def find(known: ClientKeys, public: bytes) -> str | None:
+    """Return what is found; None also if that cannot be known just now."""
+    with suppress(OSError):
+        return known.find(public)
+    return None
+
+
 def test_without_descriptors_nobody_is_let_in_who_was_known_before(keys: Keys, clients: Path) -> None:
     """What cannot be known just now is no reason to let somebody in, nor to refuse somebody for good."""
     for pair in (keys.alice, keys.server):
@@ -539,7 +546,7 @@ def test_without_descriptors_nobody_is_let_in_who_was_known_before(keys: Keys, c
         assert known.find(server) == "server.key", "its file is unchanged"
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    until(lambda: known.find(stranger) == "stranger.key")
+    until(lambda: find(known, stranger) == "stranger.key")
     assert known.find(alice) is None
 
 

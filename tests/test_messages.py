@@ -3,6 +3,7 @@
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from fcntl import ioctl
@@ -143,6 +144,28 @@ def test_a_file_that_fails_while_it_is_read_is_named_with_the_reason(echo: str, 
     done = send("--connect", echo, "--file", "/proc/self/mem")
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr == b"zmqmsg: cannot read /proc/self/mem: Input/output error\n"
+
+
+def test_a_fifo_is_read_to_its_end_and_waited_for_aloud(echo: str, start: Start, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    client = start("send", "--connect", echo, "--file", f"{tmp_path}/fifo")
+    client.wait_for_notice(f"waiting for what is written to {tmp_path}/fifo")
+    (tmp_path / "fifo").write_bytes(b"one\ntwo\n")
+    assert client.finish()[:2] == (0, b"one\ntwo\n\n")
+
+
+def test_a_non_blocking_input_that_another_reads_too_is_read_to_its_end(echo: str, start: Start) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(reading, False)
+    clients = [start("send", "--connect", echo, stdin=reading) for _ in range(2)]
+    for number in range(300):
+        os.write(writing, b"%d\n" % number)
+        time.sleep(0.002)
+    os.close(writing)
+    os.close(reading)
+    ends = [client.finish() for client in clients]
+    assert [status for status, _, _ in ends] == [0, 0]
+    assert sum(output.count(b"\n") for _, output, _ in ends) == 300
 
 
 def test_no_frames_at_all_are_wrong_usage(send: Send) -> None:

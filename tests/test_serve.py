@@ -285,11 +285,12 @@ def is_running(pid: int) -> bool:
 
 
 @LINUX
-@pytest.mark.parametrize("trap", ["", "trap '' INT TERM; "])
+@pytest.mark.parametrize("command", ["sleep 600 &", "trap '' INT TERM; sleep 600 &", "timeout 600 sleep 600 &"])
 def test_a_second_signal_ends_it_at_once_with_all_that_its_command_has_started(
-    serve: Serve, start: Start, trap: str
+    serve: Serve, start: Start, command: str
 ) -> None:
-    server, endpoint = serve("--exec", f"{trap}sleep 600 & echo $$ $! >&2; wait; wait")
+    """GNU timeout is in a process group of its own."""
+    server, endpoint = serve("--exec", f"{command} echo $$ $! >&2; wait; wait")
     start("send", "--connect", endpoint, "x")
     children = server.wait_for_notice(r"^(\d+) (\d+)$").groups()
     server.signal(signal.SIGINT)
@@ -335,6 +336,18 @@ def test_two_signals_in_the_same_instant_end_it_without_a_traceback(serve: Serve
         server.signal(number)
     assert server.wait() in (0, -pair[0], -pair[1])
     assert set(server.notices) <= {f"zmqmsg: listening on {endpoint}", "zmqmsg: 0 requests served", "(end)"}
+
+
+def test_a_signal_that_comes_twice_at_once_counts_once(serve: Serve, start: Start) -> None:
+    """GNU timeout sends it to its child, and then to the whole group."""
+    server, endpoint = serve("--exec", "echo begun >&2; sleep 0.5; cat")
+    client = start("send", "--connect", endpoint, "x")
+    server.wait_for_notice("begun")
+    for _ in range(2):
+        server.signal(signal.SIGTERM)
+        time.sleep(0.01)  # or the kernel makes one of them
+    assert client.finish()[:2] == (0, b"x\n")
+    assert server.finish()[0] == 0
 
 
 def test_children_of_an_ignored_sigchld_keep_their_exit_status(context: Context, serve: Serve, tmp_path: Path) -> None:

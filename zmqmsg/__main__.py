@@ -21,6 +21,9 @@ def main() -> None:
     except click.ClickException as error:
         show_error(error)
         sys.exit(error.exit_code)
+    except MemoryError:
+        show_error(click.ClickException("out of memory"))
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ import select
 import signal
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import click
 
 from zmqmsg.console import CHUNK, SHORTAGES, Failure, Form, notify
 from zmqmsg.quoting import abridge, quote, unquote
-from zmqmsg.signals import STOP_SIGNALS, StopSignals
+from zmqmsg.signals import STOP_SIGNALS, StopSignals, kill_session
 
 if TYPE_CHECKING:
     from subprocess import Popen  # otherwise only for programs: it takes 4 ms
@@ -228,8 +227,7 @@ class Filter(Program):
         if self._process.stdin:
             self._process.stdin.close()
         self._await_end()
-        with suppress(OSError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        kill_session(self._process.pid)
         self._process.wait()
         self._stop.sessions.discard(self._process.pid)
 
@@ -279,7 +277,7 @@ class Filter(Program):
                     if len(heard) > place + 1 or unwritten:
                         self._fail_for_line(bytes(heard if unwritten else heard[place + 1 :]))
                     return bytes(heard[:place])
-            elif not events and time.monotonic() - since >= NOTICE_DELAY:
+            if time.monotonic() - since >= NOTICE_DELAY:
                 self._tell_once("the filter has not answered for a second; it may not flush its output, or read ahead")
                 self._tell_of_stop()
 

@@ -54,6 +54,7 @@ _names = (f"inproc://zmqmsg.monitor.{number}" for number in count())
 
 
 NO_ANSWER = Finding("no answer yet")
+UNFINISHED = Finding("connected, but the ZeroMQ handshake is not finished yet")
 HANDSHAKE_FAILING = Finding("connected, but the ZeroMQ handshake fails")
 CURVE_FAILING = Finding("CURVE handshake failing; check --server-key")
 NOT_LET_IN = Finding("it refused: the server does not let us in", hopeless=True)
@@ -134,7 +135,9 @@ class Waiting:
     @property
     def trouble(self) -> Finding:
         """Why the peer is not ready: as the peer or the system says, or else as the last handshake has failed."""
-        return self._finding if self._finding and self._finding.reason else self.failure
+        if self._finding and self._finding.reason:
+            return self._finding
+        return UNFINISHED if self._finding and self.failure is NO_ANSWER else self.failure
 
     def look(self, link: "Link", now: float, *, known: bool) -> bool:
         """Look at what stands in the way of ``link``, if it is time to; return whether it can be used all the same.

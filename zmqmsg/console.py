@@ -207,15 +207,12 @@ def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: 
     """
     yield from arguments
     for file in files:
-        if file == "-":
-            yield from _read_whole_input()
-        else:
-            yield [_read_file(file)]
+        yield from _join(_read(sys.stdin) if file == "-" else _read_file(file))
     if not arguments and not files:
         if _is_terminal(sys.stdin):
             notify("reading messages, one per line; press Ctrl-D to finish")
         number = 0
-        for line in _show_progress(_split(_read_standard_input(), form.separator)):
+        for line in _show_progress(_split(_read(sys.stdin), form.separator)):
             if line is None:
                 yield None
             else:
@@ -230,37 +227,48 @@ def _decode_line(line: bytes, number: int, form: Form) -> list[bytes]:
         raise Failure(f"line {number} of standard input: {error}") from error
 
 
-def _read_file(file: str) -> bytes:
+def _read_file(file: str) -> Iterator[bytes | None]:
     try:
-        with open(file, "rb") as opened:
-            return opened.read()
+        # The ordinary open of a FIFO would wait for its writer.
+        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as opened:
+            waiting = False
+            for chunk in _read(opened, file):
+                if chunk is None and not waiting:
+                    notify(f"waiting for what is written to {file}")
+                    waiting = True
+                yield chunk
     except OSError as error:
         raise Failure(f"cannot read {file}: {error.strerror}") from error
 
 
-def _read_whole_input() -> Iterator[list[bytes] | None]:
-    chunks = []
-    for chunk in _read_standard_input():
+def _join(chunks: Iterator[bytes | None]) -> Iterator[list[bytes] | None]:
+    """Yield all ``chunks`` as one message of one frame, and None for each None before."""
+    parts = []
+    for chunk in chunks:
         if chunk is None:
             yield None
         else:
-            chunks.append(chunk)
-    yield [b"".join(chunks)]
+            parts.append(chunk)
+    yield [b"".join(parts)]
 
 
-def _read_standard_input() -> Iterator[bytes | None]:
-    stream = _raw(sys.stdin)
+def _read(stream: IO[Any] | None, name: str = "standard input") -> Iterator[bytes | None]:
+    """Yield what can be read from ``stream`` as soon as it can, and None for each half second without anything."""
+    raw = _raw(stream)
     try:
-        if stream is None:
+        if raw is None:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         while True:
-            while not select.select([stream], [], [], SILENCE)[0]:
+            while not select.select([raw], [], [], SILENCE)[0]:
                 yield None
-            if not (chunk := stream.read(CHUNK)):
+            chunk = raw.read(CHUNK)
+            if chunk == b"":
                 return
-            yield chunk
+            if chunk:  # None is EAGAIN: another reader of a non-blocking descriptor was faster
+                yield chunk
     except OSError as error:
-        raise Failure(f"cannot read standard input: {error.strerror}") from error
+        raise Failure(f"cannot read {name}: {error.strerror}") from error
 
 
 def _split(chunks: Iterator[bytes | None], end: bytes) -> Iterator[bytes | None]:
@@ -308,7 +316,7 @@ def _raw(stream: IO[str] | None) -> Any:
 
     Descriptors 0 to 2 are not used directly: libzmq may have reused one that was closed.
     """
-    buffer = getattr(stream, "buffer", None)
+    buffer = getattr(stream, "buffer", stream)
     return getattr(buffer, "raw", buffer)
 
 

@@ -159,6 +159,8 @@ def _read(path: str, *, fifo: bool) -> tuple[bytes, os.stat_result]:
         data = b""
         poll = select.poll()
         poll.register(descriptor, select.POLLIN)
+        if not poll.poll(1000):
+            notify(f"waiting for the key that is written to {path}")
         while len(data) <= KEY_FILE_LIMIT and poll.poll() and (more := os.read(descriptor, KEY_FILE_LIMIT)):
             data += more
     finally:

@@ -188,8 +188,8 @@ class Client:
                     text = f"no reply to {abridge(frames[0])} {tries}: {failed}" if self._sent else f"{failed} {tries}"
                     raise self._failure(f"{text}; {hint}" if hint else text) from None
                 notify(f"{failed}; retrying ({attempt} of {self._retries})")
-            except Failure as failure:
-                raise self._failure(failure.message) from None
+            except (Failure, MemoryError) as error:
+                raise self._failure(str(error) or "out of memory") from None
 
     def _failure(self, text: str) -> Failure:
         return NoReply(text) if self._sent else Failure(text)

@@ -59,7 +59,7 @@ def run(
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
     server = Server(answer, stop, output=None if quiet else Output(form), count=count, verbose=verbose)
     with ExitStack() as stack:
-        stack.callback(flush, context, server)
+        stack.callback(flush, context, server, stop)
         listener = stack.enter_context(open_rep(apply_keys=keys_bound))
         listener.rcvtimeo = 0 if connect else RAPID
         open_worker = partial(open_rep, apply_keys=keys_connected)
@@ -111,7 +111,7 @@ def announce(endpoint: str, *, open_to_all: bool) -> None:
         notify(f"warning: {text}", "yellow")
 
 
-def flush(context: Context, server: "Server") -> None:
+def flush(context: Context, server: "Server", stop: StopSignals) -> None:
     """Wait until the last replies of ``server``, if there are any, are on their way, however long that takes.
 
     TCP_MAXRT cuts off a peer that does not read. In a thread, since a signal ends pyzmq's ``term()`` early.
@@ -122,7 +122,8 @@ def flush(context: Context, server: "Server") -> None:
     thread.start()
     thread.join(NOTICE_DELAY)
     if thread.is_alive():
-        notify("waiting for the last reply to reach its client; a second signal ends it at once")
+        how = "a second signal ends" if stop.requested else "two signals end"
+        notify(f"waiting for the last reply to reach its client; {how} it at once")
         thread.join()
 
 

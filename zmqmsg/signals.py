@@ -3,11 +3,15 @@
 import os
 import select
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+REPEAT_DELAY = 0.1
+"""Seconds in which the same signal counts once: GNU timeout sends it to its child, and then to the whole group."""
 
 
 def end_at_once_by_default() -> None:
@@ -35,8 +39,9 @@ class StopSignals:
         """Begin without a signal; ``install()`` lets them come."""
         self.requested = False
         self.sessions: set[int] = set()
-        self._held = False
+        self._first = 0, 0.0  # signal and time
         self._second = 0
+        self._held = False
         self.descriptor, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
 
@@ -65,8 +70,12 @@ class StopSignals:
                 self._end(self._second)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
         if not self.requested:
             self.requested = True
+            self._first = number, now
+        elif number == self._first[0] and now - self._first[1] < REPEAT_DELAY:
+            return
         elif self._held:
             self._second = number
         else:
@@ -74,9 +83,22 @@ class StopSignals:
 
     def _end(self, number: int) -> None:
         for session in self.sessions:
-            with suppress(OSError):
-                os.killpg(session, signal.SIGKILL)
+            kill_session(session)
         if os.getpid() == 1:
             os._exit(128 + number)
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
+
+
+def kill_session(session: int) -> None:
+    """Kill all processes of a session that was started here, those in process groups of their own included.
+
+    GNU timeout, for example, makes such a group. Without /proc, only the first group can be found.
+    """
+    with suppress(OSError):
+        os.killpg(session, signal.SIGKILL)
+    with suppress(OSError):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                if os.getsid(int(name)) == session:
+                    os.kill(int(name), signal.SIGKILL)
