@@ -20,12 +20,14 @@ import zmq
 
 import zmqmsg
 from zmqmsg.answers import Answer
+from zmqmsg.console import Form
 from zmqmsg.serve import Server
 from zmqmsg.signals import StopSignals
 from zmqmsg.sockets import Context, Socket, bound, open_socket
 
 COMMAND = [sys.executable, "-m", "zmqmsg"]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+soak = pytest.mark.soak
 LIMIT = 20
 """Seconds after which something that should have happened will not."""
 
@@ -312,16 +314,45 @@ def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0
     return server, bind(server, endpoint)
 
 
+PLAIN = Form.choose(null=False, quoted=False, raw=False)
+QUOTED = Form.choose(null=False, quoted=True, raw=False)
+
+
 @contextmanager
-def echoing(context: Context, endpoint: str, count: int) -> Iterator[str]:
-    """Let a Server echo ``count`` requests in a thread; the context gets the real endpoint."""
-    with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        server = Server(Answer(), StopSignals(), count=count)
+def answering(context: Context, answer: Answer, count: int, endpoint: str = "inproc://server") -> Iterator[str]:
+    """Let a Server answer ``count`` requests in a thread; the context gets the real endpoint."""
+    with answer, open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
+        server = Server(answer, StopSignals(), count=count)
         thread = threading.Thread(target=server.run, args=([socket],))
         thread.start()
         yield real
         thread.join(LIMIT)
         assert not thread.is_alive(), f"{count} requests were expected, {server.served} came"
+
+
+def ask(context: Context, endpoint: str, *frames: bytes) -> list[bytes]:
+    """Send ``frames`` over a plain REQ socket, and return the reply."""
+    with context.socket(zmq.REQ) as client:
+        client.linger = 0
+        client.ipv6 = "[" in endpoint
+        client.connect(endpoint)
+        client.send_multipart(frames)
+        assert client.poll(LIMIT * 1000)
+        return client.recv_multipart()
+
+
+def stop(process: Process, number: int = signal.SIGTERM) -> tuple[int, bytes, list[str]]:
+    """Send the process a signal, and return how it ended."""
+    process.signal(number)
+    return process.finish()
+
+
+def shell(tmp_path: Path, text: str) -> dict[str, Any]:
+    """Return options that start a process by the shell script ``text``, in which $python and "$@" stand for it."""
+    script = tmp_path / "script"
+    script.write_text(f"#!/bin/sh\npython='{sys.executable}'\n{text}\n")
+    script.chmod(0o755)
+    return {"executable": script}
 
 
 # What Linux tells of a process

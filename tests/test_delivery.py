@@ -31,10 +31,9 @@ from conftest import (
     listening,
     open_server,
     relay,
+    soak,
     until,
 )
-
-soak = pytest.mark.soak
 
 
 def feed(process: Process, lines: Sequence[bytes], pace: float) -> None:

@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Send, Serve, relay
-
-soak = pytest.mark.soak
+from conftest import Send, Serve, relay, soak
 
 QUIET_PERIOD = 0.4
 """Seconds for which a stalled connection passes nothing on: longer than the timeout of an attempt."""

@@ -17,9 +17,7 @@ from hypothesis import strategies as st
 
 from zmqmsg.sockets import Context
 
-from conftest import LIMIT, Process, Send, Serve, Start, until
-
-soak = pytest.mark.soak
+from conftest import LIMIT, Process, Send, Serve, Start, soak, until
 
 PYTHON = f"{sys.executable} -u -c 'for line in open(0): print(line[::-1].strip())'"
 COUNTER = 'n=0; while read -r line; do n=$((n+1)); echo "$n $line"; done'

@@ -30,6 +30,7 @@ from conftest import (
     listening,
     memory,
     processor_time,
+    soak,
     until,
 )
 from zmtp import command, frame, greeting, ready, request
@@ -43,8 +44,6 @@ DESCRIPTORS = 3
 """File descriptors that a server may have more when a flood is over."""
 
 HUGE = struct.pack(">Q", 1 << 62)
-
-soak = pytest.mark.soak
 
 
 HELLO = greeting() + ready(b"DEALER")

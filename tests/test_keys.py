@@ -4,7 +4,6 @@ import ctypes.util
 import os
 import resource
 import shutil
-import signal
 import socket
 import stat
 import subprocess
@@ -28,10 +27,8 @@ from zmqmsg.cli import cli
 from zmqmsg.curve import ClientKeys, CurveKeys, load_key_pair, load_public_key, start_zap_handler
 from zmqmsg.sockets import Context, Socket
 
-from conftest import COMMAND, LIMIT, LINUX, Process, Send, Serve, Start, address, broker, memory, relay, until
+from conftest import COMMAND, LIMIT, LINUX, Send, Serve, Start, address, broker, memory, relay, soak, stop, until
 from zmtp import command, greeting, ready, request
-
-soak = pytest.mark.soak
 
 
 class KeyPair(NamedTuple):
@@ -106,11 +103,6 @@ def let_in(context: Context, endpoint: str, server: Pair, *clients: KeyPair) -> 
             assert monitor.poll(LIMIT * 1000)
             results.append(recv_monitor_message(monitor)["event"] == zmq.EVENT_HANDSHAKE_SUCCEEDED)
         return results
-
-
-def stop(process: Process) -> tuple[int, bytes, list[str]]:
-    process.signal(signal.SIGTERM)
-    return process.finish()
 
 
 # Key files

@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import LINUX, Process, Serve, Start, until
-
-soak = pytest.mark.soak
+from conftest import LINUX, Process, Serve, Start, soak, until
 
 pytestmark = [
     LINUX,

@@ -17,6 +17,7 @@ import pyomq
 import pytest
 import zmq
 
+from zmqmsg.answers import Answer
 from zmqmsg.connection import Connection
 from zmqmsg.send import Client
 from zmqmsg.sockets import Context, open_socket
@@ -28,8 +29,8 @@ from conftest import (
     Send,
     Serve,
     Start,
+    answering,
     bind,
-    echoing,
     free_endpoint,
     listening,
     open_server,
@@ -59,7 +60,7 @@ def connects(*endpoints: str) -> list[str]:
 def test_replies_come_in_the_order_of_the_requests_frame_for_frame(context: Context, endpoint: str) -> None:
     messages = [[b"%d" % number] for number in range(100)] + [[b"", b"a\nb", b"\0\xff", b"", b"x" * 100_000]]
     with (
-        echoing(context, endpoint, len(messages)) as real,
+        answering(context, Answer(), len(messages), endpoint) as real,
         closing(Connection(real, lambda: open_socket(context, zmq.REQ))) as connection,
     ):
         client = Client([connection])

@@ -2,11 +2,9 @@
 
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,64 +21,25 @@ from zmqmsg.sockets import Context
 from conftest import (
     LIMIT,
     LINUX,
-    Process,
     Send,
     Serve,
     Start,
     address,
+    ask,
     broker,
-    descriptors,
-    echoing,
     free_endpoint,
     open_server,
+    shell,
+    soak,
+    stop,
     until,
 )
 from zmtp import greeting, ready, request
 
-soak = pytest.mark.soak
-
 LINES = b"first message\nsecond message\nthird message\n"
 
 
-def ask(context: Context, endpoint: str, *frames: bytes) -> list[bytes]:
-    """Send ``frames`` over a plain REQ socket, and return the reply."""
-    with context.socket(zmq.REQ) as client:
-        client.linger = 0
-        client.ipv6 = "[" in endpoint
-        client.connect(endpoint)
-        client.send_multipart(frames)
-        assert client.poll(LIMIT * 1000)
-        return client.recv_multipart()
-
-
-def stop(process: Process, number: int = signal.SIGTERM) -> tuple[int, bytes, list[str]]:
-    """Send the process a signal, and return how it ended."""
-    process.signal(number)
-    return process.finish()
-
-
-def shell(tmp_path: Path, text: str) -> dict[str, Any]:
-    """Return options that start a process by the shell script ``text``, in which $python and "$@" stand for it."""
-    script = tmp_path / "script"
-    script.write_text(f"#!/bin/sh\npython='{sys.executable}'\n{text}\n")
-    script.chmod(0o755)
-    return {"executable": script}
-
-
 # Requests come in, are answered and printed
-
-
-def test_a_request_is_echoed_frame_by_frame_over_inproc(context: Context) -> None:
-    with echoing(context, "inproc://server", count=2) as endpoint:
-        assert ask(context, endpoint, b"one", b"", b"\xff\0") == [b"one", b"", b"\xff\0"]
-        assert ask(context, endpoint, b"") == [b""]
-
-
-def test_three_messages_are_seen_at_the_server_and_their_replies_at_the_client(serve: Serve, send: Send) -> None:
-    server, endpoint = serve("--count", "3")
-    done = send("--connect", endpoint, "first message", "second message", "third message")
-    assert (done.returncode, done.stdout, done.stderr) == (0, LINES, b"")
-    assert server.finish() == (0, LINES, [f"zmqmsg: listening on {endpoint}", "zmqmsg: 3 requests served"])
 
 
 @pytest.mark.parametrize(
@@ -231,160 +190,7 @@ def test_four_workers_behind_a_broker_share_the_requests_of_four_senders(start: 
     assert seconds < 20 * 0.2 * 0.75, "a quarter of the time of one worker, and an allowance for a busy machine"
 
 
-# Signals, and the last reply
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_an_idle_server_and_leaves_no_ipc_file_behind(
-    serve: Serve, send: Send, tmp_path: Path, number: int
-) -> None:
-    server, endpoint = serve("--bind", f"ipc://{tmp_path}/a.sock")
-    assert send("--connect", endpoint, "one").returncode == 0
-    assert stop(server, number) == (0, b"one\n", [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"])
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_signal_ends_a_worker_that_waits_for_its_broker(start: Start) -> None:
-    worker = start("serve", "--connect", free_endpoint())
-    worker.wait_for_notice("waiting for")
-    assert stop(worker)[:2] == (0, b"")
-
-
-def test_a_signal_that_is_ignored_from_the_start_stays_ignored(context: Context, serve: Serve, tmp_path: Path) -> None:
-    server, endpoint = serve(**shell(tmp_path, """trap '' HUP; exec "$python" "$@" """))  # as nohup has it
-    server.signal(signal.SIGHUP)
-    assert ask(context, endpoint, b"still there?") == [b"still there?"]
-    assert stop(server)[0] == 0
-
-
-STOPPING = "zmqmsg: stopping after the current request; a second signal ends it at once"
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_the_first_signal_lets_the_current_request_be_answered(
-    serve: Serve, start: Start, tmp_path: Path, number: int
-) -> None:
-    """It may go to the whole process group, as Ctrl-C at a terminal does: the command is in a session of its own."""
-    os.mkfifo(tmp_path / "fifo")
-    server, endpoint = serve("--exec", "echo half; cat fifo", cwd=tmp_path, start_new_session=True)
-    client = start("send", "--connect", endpoint, "x")
-    with open(tmp_path / "fifo", "wb") as fifo:  # waits until cat has opened it, too
-        os.killpg(server.pid, number)
-        server.wait_for_notice(re.escape(STOPPING))
-        fifo.write(b"and half")
-    assert client.finish()[:2] == (0, b"half\nand half\n")
-    status, output, notices = server.finish()
-    assert (status, output, notices[-1]) == (0, b"x\n", "zmqmsg: 1 request served")
-
-
-def is_running(pid: int) -> bool:
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    return False
-
-
-@LINUX
-@pytest.mark.parametrize("command", ["sleep 600 &", "trap '' INT TERM; sleep 600 &", "timeout 600 sleep 600 &"])
-def test_a_second_signal_ends_it_at_once_with_all_that_its_command_has_started(
-    serve: Serve, start: Start, command: str
-) -> None:
-    """GNU timeout is in a process group of its own."""
-    server, endpoint = serve("--exec", f"{command} echo $$ $! >&2; wait; wait")
-    start("send", "--connect", endpoint, "x")
-    children = server.wait_for_notice(r"^(\d+) (\d+)$").groups()
-    server.signal(signal.SIGINT)
-    server.wait_for_notice(re.escape(STOPPING))
-    server.signal(signal.SIGTERM)
-    assert server.popen.wait(LIMIT) == -signal.SIGTERM
-    until(lambda: not any(is_running(int(child)) for child in children))
-
-
-@pytest.mark.parametrize("delay", [0, 0.05])
-def test_half_a_reply_of_a_command_that_is_stopped_with_us_is_not_sent(
-    serve: Serve, start: Start, delay: float
-) -> None:
-    """As a service manager does that signals the whole control group, whoever comes first."""
-    server, endpoint = serve("--exec", "echo half; echo $$ >&2; exec sleep 600")
-    client = start("send", "--connect", endpoint, "--retries", "0", "x")
-    os.kill(int(server.wait_for_notice(r"^\d+$")[0]), signal.SIGTERM)
-    time.sleep(delay)
-    server.signal(signal.SIGTERM)
-    status, output, notices = server.finish()
-    assert (status, output) == (0, b"")
-    assert "not answered: its command was stopped, too" in notices[-2]
-    assert "0 requests served" in notices[-1]
-    status, output, notices = client.finish()
-    assert (status, output) == (3, b"")
-    assert f"connection to {endpoint} lost" in notices[-1]
-
-
-def test_a_whole_reply_of_a_command_that_ends_as_if_by_a_signal_is_sent(serve: Serve, start: Start) -> None:
-    server, endpoint = serve("--exec", "echo begun >&2; read line; sleep 0.3; echo whole; exit 143")
-    client = start("send", "--connect", endpoint, "x")
-    server.wait_for_notice("begun")
-    server.signal(signal.SIGTERM)
-    assert client.finish()[:2] == (0, b"whole\n\n")
-    assert server.finish()[:2] == (0, b"x\n")
-
-
-@pytest.mark.parametrize("pair", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGHUP)])
-def test_two_signals_in_the_same_instant_end_it_without_a_traceback(serve: Serve, pair: tuple[int, int]) -> None:
-    server, endpoint = serve()
-    server.signal(signal.SIGSTOP)
-    for number in (*pair, signal.SIGCONT):
-        server.signal(number)
-    assert server.wait() in (0, -pair[0], -pair[1])
-    assert set(server.notices) <= {f"zmqmsg: listening on {endpoint}", "zmqmsg: 0 requests served", "(end)"}
-
-
-def test_a_signal_that_comes_twice_at_once_counts_once(serve: Serve, start: Start) -> None:
-    """GNU timeout sends it to its child, and then to the whole group."""
-    server, endpoint = serve("--exec", "echo begun >&2; sleep 0.5; cat")
-    client = start("send", "--connect", endpoint, "x")
-    server.wait_for_notice("begun")
-    for _ in range(2):
-        server.signal(signal.SIGTERM)
-        time.sleep(0.01)  # or the kernel makes one of them
-    assert client.finish()[:2] == (0, b"x\n")
-    assert server.finish()[0] == 0
-
-
-def test_children_of_an_ignored_sigchld_keep_their_exit_status(context: Context, serve: Serve, tmp_path: Path) -> None:
-    server, endpoint = serve("--exec", "cat; exit 3", **shell(tmp_path, """trap '' CHLD; exec "$python" "$@" """))
-    assert ask(context, endpoint, b"x") == [b"x"]
-    server.wait_for_notice("the command exited with status 3")
-
-
-def test_a_command_that_leaves_its_output_open_is_told_as_that(context: Context, serve: Serve) -> None:
-    server, endpoint = serve("--exec", "echo done; sleep 1.5 &")
-    assert ask(context, endpoint, b"x") == [b"done\n"]
-    assert "left running keeps its output open" in server.wait_for_notice("the command has ended, but .*/dev/null &")[0]
-
-
-@LINUX
-def test_a_command_that_cannot_be_started_is_tried_until_it_can(serve: Serve, start: Start) -> None:
-    """Strangers that say nothing have used up all descriptors."""
-    server, endpoint = serve("--exec", "cat")
-    client = start("send", "--connect", endpoint, "--retries", "0")
-    client.send_line(b"one")
-    assert client.read_line() == b"one"
-    most = descriptors(server.pid)
-    _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, hard))
-    client.send_line(b"two")
-    notice = "cannot start the command: Too many open files; trying again until it can be started"
-    server.wait_for_notice(notice)
-    client.wait_for_notice("waiting for a reply")
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (256, hard))
-    assert client.read_line() == b"two"
-    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (most, hard))
-    client.send_line(b"three")
-    until(lambda: sum("waiting for a reply" in line for line in client.notices) == 2)
-    status, _, notices = stop(server)
-    assert status == 0
-    assert sum(notice in line for line in notices) == 1
-    assert client.finish()[0] == 3
+# The last reply
 
 
 @contextmanager
@@ -596,123 +402,3 @@ def test_notices_that_nobody_reads_do_not_keep_it_from_serving(context: Context,
     finally:
         os.close(reading)
         os.close(writing)
-
-
-# Answers: --reply
-
-
-@pytest.mark.parametrize("reply", [b'{"status": "ok"}', b"", b"\xff\t\n"])
-def test_every_request_gets_the_fixed_reply_and_is_printed(context: Context, serve: Serve, reply: bytes) -> None:
-    server, endpoint = serve("--reply", reply, "--count", "2")
-    assert ask(context, endpoint, b"one") == [reply]
-    assert ask(context, endpoint, b"two", b"three") == [reply]
-    status, output, notices = server.finish()
-    assert (status, output, notices[-1]) == (0, b"one\ntwo\nthree\n", "zmqmsg: 2 requests served")
-
-
-@pytest.mark.parametrize(
-    ("options", "complaint"),
-    [
-        (["--reply", "x", "--exec", "cat"], "--reply and --exec cannot be used together"),
-        (["--reply", "", "--exec", "cat"], "--reply and --exec cannot be used together"),
-        (["--exec", ""], "--exec needs a command"),
-        (["--exec", " "], "--exec needs a command"),
-    ],
-)
-def test_answers_that_contradict_each_other_are_wrong_usage(start: Start, options: list[str], complaint: str) -> None:
-    status, output, notices = start("serve", *options).finish()
-    assert (status, output) == (2, b"")
-    assert complaint in notices[-1]
-
-
-# Answers: --exec
-
-
-@pytest.mark.parametrize("body", [b"", b"\n", b"\0", b"no newline", b"two\n\n", bytes(range(256))])
-def test_exec_cat_is_the_echo(context: Context, serve: Serve, body: bytes) -> None:
-    server, endpoint = serve("--exec", "cat")
-    assert ask(context, endpoint, body) == [body]
-    assert stop(server) == (0, body + b"\n", [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"])
-
-
-LARGE = os.urandom(3_000_000)
-
-
-@pytest.mark.parametrize(
-    ("command", "body", "reply"),
-    [
-        ("cat", os.urandom(64 << 20), None),
-        ("echo fine", LARGE, b"fine\n"),
-        ("head -c 3000000 /dev/zero; cat", LARGE, bytes(3_000_000) + LARGE),
-        ("exec <&-; echo closed", LARGE, b"closed\n"),
-    ],
-    ids=["64 MiB", "reads nothing", "prints much before it reads", "closes its input"],
-)
-def test_a_command_may_read_and_print_as_it_likes(
-    context: Context, serve: Serve, command: str, body: bytes, reply: bytes | None
-) -> None:
-    server, endpoint = serve("--quiet", "--exec", command)
-    assert ask(context, endpoint, body) == [body if reply is None else reply]
-    assert stop(server)[2] == [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"]
-
-
-@pytest.mark.parametrize(
-    ("command", "reply", "notice"),
-    [
-        ("cat; exit 3", b"x", "the command exited with status 3"),
-        ("cat; kill -KILL $$", b"x", "the command was killed by signal 9"),
-        ("cat; kill -TERM $$", b"x", "the command was killed by signal 15"),
-        ("no-such-command", b"", "the command exited with status 127"),
-    ],
-)
-def test_what_a_command_that_fails_has_printed_is_the_reply(
-    context: Context, serve: Serve, command: str, reply: bytes, notice: str
-) -> None:
-    server, endpoint = serve("--exec", command, "--count", "2")
-    assert [ask(context, endpoint, b"x") for _ in range(2)] == [[reply]] * 2
-    status, output, notices = server.finish()
-    assert (status, output) == (0, b"x\nx\n")
-    assert notices.count(f"zmqmsg: {notice}") == 2
-    assert ("not found" in "".join(notices)) is (command == "no-such-command"), "the shell's own word"
-
-
-def test_no_request_injects_anything(context: Context, serve: Serve, tmp_path: Path) -> None:
-    server, endpoint = serve("--exec", 'cat; echo "$0 $# $*"; env', cwd=tmp_path)
-    for attempt in [b"'; %b; '", b'"; %b; "', b"$(%b)", b"`%b`", b"\n%b\n", b"; %b #", b"& %b &", b"| %b", b"x=%b\0%b"]:
-        body = attempt.replace(b"%b", b"touch injected")
-        (reply,) = ask(context, endpoint, body)
-        assert reply.startswith(body)
-        assert b"PATH=" in reply
-        assert b"injected" not in reply.removeprefix(body)
-    stop(server)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_several_frames_are_read_as_one_and_a_notice_says_so_once(context: Context, serve: Serve) -> None:
-    server, endpoint = serve("--exec", "cat")
-    assert [ask(context, endpoint, b"one", b"", b"two") for _ in range(2)] == [[b"onetwo"]] * 2
-    notices = stop(server)[2]
-    assert sum("--quoted" in notice for notice in notices) == 1
-
-
-@pytest.mark.parametrize(
-    ("command", "frames", "reply", "notice"),
-    [
-        ("cat", [b"a\tb", b"", b"\n\\\xff"], [b"a\tb", b"", b"\n\\\xff"], None),
-        ("cut -f2", [b"one", b"two", b"three"], [b"two"], None),
-        ("echo ok", [b"x"], [b"ok"], None),
-        ("printf ok", [b"x"], [b"ok"], None),
-        ("echo", [b"x"], [b""], None),
-        (r"printf 'a\\q\n'", [b"x"], [b"a\\q\n"], r"'\\q'"),
-        (r"printf 'a\nb\n'", [b"x"], [b"a\nb\n"], "more than one line"),
-    ],
-)
-def test_with_quoted_a_command_reads_one_line_and_prints_one(
-    context: Context, serve: Serve, command: str, frames: list[bytes], reply: list[bytes], notice: str | None
-) -> None:
-    server, endpoint = serve("--quoted", "--exec", command)
-    assert ask(context, endpoint, *frames) == reply
-    notices = stop(server)[2]
-    assert len(notices) == 2 + bool(notice)
-    if notice:
-        assert re.search(f"not print a quoted line.*{notice}", notices[1])

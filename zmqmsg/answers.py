@@ -6,7 +6,8 @@ import select
 import signal
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from contextlib import closing, suppress
+from typing import IO, TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import click
 
@@ -31,8 +32,6 @@ END_LIMIT = 1.0
 
 SIGNAL_DELAY = 0.2
 """Seconds within which a signal to a whole group of processes reaches each of them."""
-
-READABLE = select.POLLIN | select.POLLHUP
 
 Frames = Sequence[Any]  # of bytes, or of zmq's Frames, which have them in a buffer
 
@@ -178,7 +177,7 @@ class Command(Program):
         data = self._join(request) + b"\n" * self._form.quoted
         process = self._start()
         try:
-            printed = self._communicate(process, data)
+            printed = self._run(process, data)
         finally:
             self._stop.sessions.discard(process.pid)
         status = process.returncode
@@ -188,23 +187,38 @@ class Command(Program):
             raise Unanswered("the last request was not answered: its command was stopped, too")
         return self._split(printed.removesuffix(b"\n"), printed) if self._form.quoted else [printed]
 
-    def _communicate(self, process: "Popen[bytes]", data: bytes | None) -> bytes:
+    def _run(self, process: "Popen[bytes]", data: bytes) -> bytes:
+        """Return all that ``process``, which gets ``data``, has printed when it ends."""
         from subprocess import TimeoutExpired
 
         started = time.monotonic()
-        while True:
-            try:
-                return process.communicate(data, timeout=NOTICE_DELAY)[0]
-            except TimeoutExpired:
-                data = None  # subprocess goes on with it
-            self._tell_of_stop()
-            if has_ended(process):
-                self._tell_once(
-                    "the command has ended, but something that it left running keeps its output open, and so the reply"
-                    " back; redirect the output of what goes on, as in: >/dev/null &"
-                )
-            elif time.monotonic() - started >= LONG:
-                self._tell_once(f"the command still runs after {LONG:g} s; meanwhile, other requests wait")
+        printed: list[bytes | None] = [None]
+        with closing(Pipes(process, data)) as pipes:
+            while printed[-1] != b"":
+                if not pipes.unwritten:
+                    pipes.close_input()
+                try:
+                    printed.append(pipes.read(NOTICE_DELAY))
+                except BrokenPipeError:  # it does not want the rest
+                    pipes.unwritten = memoryview(b"")
+                self._tell_of(process, time.monotonic() - started)
+        while process.returncode is None:
+            with suppress(TimeoutExpired):
+                process.wait(NOTICE_DELAY)
+            self._tell_of(process, time.monotonic() - started)
+        return b"".join(filter(None, printed))
+
+    def _tell_of(self, process: "Popen[bytes]", seconds: float) -> None:
+        if seconds < NOTICE_DELAY:
+            return
+        self._tell_of_stop()
+        if has_ended(process):
+            self._tell_once(
+                "the command has ended, but something that it left running keeps its output open, and so the reply"
+                " back; redirect the output of what goes on, as in: >/dev/null &"
+            )
+        elif seconds >= LONG:
+            self._tell_once(f"the command still runs after {LONG:g} s; meanwhile, other requests wait")
 
 
 class Filter(Program):
@@ -217,18 +231,17 @@ class Filter(Program):
     def __enter__(self) -> Self:
         """Start the command."""
         self._process = self._start()
-        self._input, self._output = (pipe.fileno() for pipe in (self._process.stdin, self._process.stdout) if pipe)
-        os.set_blocking(self._input, False)
-        self.descriptors = (self._output,)
+        self._pipes = Pipes(self._process)
+        self.descriptors = (self._pipes.output,)
         return self
 
     def __exit__(self, *_error: object) -> None:
         """Let the command end by the end of its input, and then kill what is left of its session."""
-        if self._process.stdin:
-            self._process.stdin.close()
+        self._pipes.close_input()
         self._await_end()
         kill_session(self._process.pid)
         self._process.wait()
+        self._pipes.close()
         self._stop.sessions.discard(self._process.pid)
 
     def _await_end(self) -> bool:
@@ -251,46 +264,38 @@ class Filter(Program):
 
     def check(self) -> None:
         """Raise Failure, or Unanswered after a signal, if the filter has ended or printed what nobody asked for."""
-        if self._poll(0, writing=False) & READABLE:
-            if data := os.read(self._output, CHUNK):
-                self._fail_for_line(data)
-            self._fail_for_end()
+        if (data := self._pipes.read(0)) is not None:
+            self._fail_for_line(data)
 
     def _exchange(self, line: bytes, end: bytes) -> bytes:
         """Write ``line`` and read one, at the same time; return it without its ``end``."""
-        unwritten = memoryview(line)
+        pipes = self._pipes
+        pipes.unwritten = memoryview(line)
         heard = bytearray()
         since = time.monotonic()
         while True:
-            events = self._poll(NOTICE_DELAY, writing=bool(unwritten))
-            if events & select.POLLOUT:
-                try:
-                    unwritten = unwritten[os.write(self._input, unwritten) :]
-                except BrokenPipeError:
-                    self._fail_for_end()
-            if events & READABLE:
+            try:
+                data = pipes.read(NOTICE_DELAY)
+            except BrokenPipeError:
+                self._fail_for_end()
+            if data == b"":
+                self._fail_for_end()
+            if data:
                 begin = len(heard)
-                heard += os.read(self._output, CHUNK)
-                if len(heard) == begin:
-                    self._fail_for_end()
+                heard += data
                 if (place := heard.find(end, begin)) >= 0:
-                    if len(heard) > place + 1 or unwritten:
-                        self._fail_for_line(bytes(heard if unwritten else heard[place + 1 :]))
+                    if pipes.unwritten:  # it has not read the whole request
+                        self._fail_for_line(bytes(heard))
+                    if len(heard) > place + 1:
+                        self._fail_for_line(bytes(heard[place + 1 :]))
                     return bytes(heard[:place])
             if time.monotonic() - since >= NOTICE_DELAY:
                 self._tell_once("the filter has not answered for a second; it may not flush its output, or read ahead")
                 self._tell_of_stop()
 
-    def _poll(self, seconds: float, *, writing: bool) -> int:
-        """Wait until the output is READABLE or, if ``writing``, the input takes something (POLLOUT); return which."""
-        poll = select.poll()
-        poll.register(self._output, select.POLLIN)
-        if writing:
-            poll.register(self._input, select.POLLOUT)
-        found = dict(poll.poll(seconds * 1000))
-        return (found.get(self._output, 0) & READABLE) | (select.POLLOUT if self._input in found else 0)
-
     def _fail_for_line(self, data: bytes) -> NoReturn:
+        if not data:
+            self._fail_for_end()
         raise Failure(f"the filter printed {abridge(data)}, which no request asked for; replies cannot be told apart")
 
     def _fail_for_end(self) -> NoReturn:
@@ -300,6 +305,43 @@ class Filter(Program):
         if self._was_stopped(status):
             raise Unanswered("the filter was stopped, too")
         raise Failure(f"the filter {describe_status(status)}, so there can be no more replies")
+
+
+class Pipes:
+    """The standard input and output of a process, written and read at the same time, so that neither side can block.
+
+    ``output``: its descriptor. ``unwritten``: what the input has not taken yet.
+    """
+
+    def __init__(self, process: "Popen[bytes]", data: bytes = b"") -> None:
+        """Prepare to write ``data``. (subprocess's ``communicate`` forgets the rest of it after a timeout.)"""
+        self.unwritten = memoryview(data)
+        self._stdin, self._stdout = cast("IO[bytes]", process.stdin), cast("IO[bytes]", process.stdout)
+        self.output = self._stdout.fileno()
+        os.set_blocking(self._stdin.fileno(), False)
+
+    def close_input(self) -> None:
+        """Let the process see the end of its input."""
+        self._stdin.close()
+
+    def close(self) -> None:
+        """Close both pipes."""
+        self._stdin.close()
+        self._stdout.close()
+
+    def read(self, seconds: float) -> bytes | None:
+        """Write what the input takes and return what was printed, b"" at its end, or None, within ``seconds``.
+
+        Raises BrokenPipeError if the process has closed its input.
+        """
+        poll = select.poll()
+        poll.register(self.output, select.POLLIN)
+        if self.unwritten:
+            poll.register(self._stdin.fileno(), select.POLLOUT)
+        ready = [descriptor for descriptor, _event in poll.poll(seconds * 1000)]
+        if ready and ready != [self.output]:
+            self.unwritten = self.unwritten[os.write(self._stdin.fileno(), self.unwritten) :]
+        return os.read(self.output, CHUNK) if self.output in ready else None
 
 
 def has_ended(process: "Popen[bytes]") -> bool:

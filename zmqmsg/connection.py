@@ -158,8 +158,11 @@ class Waiting:
 
     def notify(self, now: float) -> None:
         """Tell the user of a wait that lasts, and again when the reason is another one."""
-        notice = f"waiting for {self._endpoint}: {self.trouble.reason}"
-        if self._finding and now - self.since >= NOTICE_DELAY and notice != self.notice:
+        trouble = self.trouble
+        notice = f"waiting for {self._endpoint}: {trouble.reason}"
+        # The handshake of a server that has just come is about to end.
+        too_early = self._look and trouble is UNFINISHED and now < self._look.ended + LOOK_DELAY
+        if self._finding and now - self.since >= NOTICE_DELAY and notice != self.notice and not too_early:
             notify(notice)
             self.notice = notice
 
@@ -298,9 +301,8 @@ class Connection:
     def update(self) -> bool:
         """Do what follows from what has happened: connect, look for trouble, notify. Return whether a peer is ready."""
         now = time.monotonic()
-        if now < self._next_update and self.link.ready:
+        if now < self._next_update:
             return True
-        self._next_update = now + UPDATE_INTERVAL
         self.link.read_events()
         if not self.link.ready:
             self._wait(now)
@@ -309,7 +311,9 @@ class Connection:
                 notify(f"connected to {self.endpoint}")
             self._waiting = None
             self.known = True
-        return self.link.ready
+            self._next_update = now + UPDATE_INTERVAL
+            return True
+        return False
 
     def _wait(self, now: float) -> None:
         if self.link.ended:
@@ -330,6 +334,7 @@ class Connection:
             self._announce = self._verbose
             self._addresses = Addresses(self.endpoint)
             self._waiting = Waiting(self.endpoint, self._look_delay)
+        self._next_update = 0
         link = self.link
         if link.status:
             unknown = KEY_NOT_KNOWN if link.uses_curve else NOT_LET_IN

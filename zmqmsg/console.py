@@ -151,15 +151,19 @@ class Output:
         Raises BrokenPipeError if the reader is gone, Failure if writing fails otherwise.
         """
         try:
+            if self._stream is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             while self._unwritten:
                 data = self._unwritten[0]
-                if self._piece and not self._is_writable():
-                    return False
-                written = self._write(memoryview(data)[: self._piece] if self._piece else data)
-                if written == len(data):
+                if self._piece:
+                    if not self._is_writable():
+                        return False
+                    data = memoryview(data)[: self._piece]
+                written = self._stream.write(data) or 0  # None is EAGAIN of a non-blocking descriptor
+                if written == len(self._unwritten[0]):
                     del self._unwritten[0]
                 else:
-                    self._unwritten[0] = memoryview(data)[written:]
+                    self._unwritten[0] = memoryview(self._unwritten[0])[written:]
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise
@@ -185,11 +189,6 @@ class Output:
             notify("standard output is not being read; waiting until it is", "yellow")
             self._told = True
         return False
-
-    def _write(self, data: Any) -> int:
-        if self._stream is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        return self._stream.write(data) or 0  # None, for EAGAIN of a non-blocking descriptor
 
     def _make_readable(self, frames: Sequence[bytes]) -> bytes:
         return quote(frames) if self._form.quoted or len(frames) > 1 else escape(frames[0])
@@ -217,7 +216,7 @@ def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: 
                 yield None
             else:
                 number += 1
-                yield _decode_line(line, number, form)
+                yield _decode_line(line, number, form) if form.quoted else [line]
 
 
 def _decode_line(line: bytes, number: int, form: Form) -> list[bytes]:

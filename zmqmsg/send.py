@@ -224,8 +224,9 @@ class Client:
         """Return the connection that has not been used for longest among those that are ready; wait for one."""
         while True:
             if ready := self.update():
-                self._connections.remove(ready[0])
-                self._connections.append(ready[0])
+                if len(self._connections) > 1:
+                    self._connections.remove(ready[0])
+                    self._connections.append(ready[0])
                 return ready[0]
             if time.monotonic() >= deadline:
                 endpoints = ", ".join(connection.endpoint for connection in self._connections)
