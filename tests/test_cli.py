@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-import zmq.auth
+from click.testing import CliRunner
 
 from zmqmsg.cli import cli
 
@@ -116,14 +116,22 @@ OPTIONS = [
 ]
 
 
+def variable(command: str, option: str) -> str:
+    return f"ZMQMSG_{command}_{option.removeprefix('--')}".replace("-", "_").upper()
+
+
+def invoke(*arguments: str, **environment: str) -> tuple[int, str]:
+    """Run zmqmsg in this process, and return its exit status and standard error. Nothing can be bound."""
+    given = {"ZMQMSG_SERVE_BIND": "ipc:///dev/null/none"} | environment
+    result = CliRunner().invoke(cli, arguments, env=given, prog_name="zmqmsg")
+    return result.exit_code, result.stderr
+
+
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
 def test_every_option_can_come_from_the_environment(command: str, option: str) -> None:
     """A value that is wrong for the option, or contradicts another one, is wrong usage."""
-    value = f"ZMQMSG_{command}_{option.removeprefix('--')}".replace("-", "_").upper()
     other = {"--reply": ["--exec", "cat"]}.get(option, ["--reply", "x"] if option in ("--exec", "--filter") else [])
-    # Whatever else is right, serve fails with another status.
-    environment = {"ZMQMSG_SERVE_BIND": "ipc:///dev/null/none"} | {value: "/dev/null/wrong"}
-    assert run(command, *other, **environment).returncode == 2
+    assert invoke(command, *other, **{variable(command, option): "/dev/null/wrong"})[0] == 2
 
 
 def test_the_environment_separates_endpoints_by_spaces_and_files_by_colons(echo: str, tmp_path: Path) -> None:
@@ -143,17 +151,15 @@ EMPTY_IS_A_VALUE = ["--reply"]
 @pytest.mark.parametrize(("command", "option"), [pair for pair in OPTIONS if pair[1] not in FLAGS + EMPTY_IS_A_VALUE])
 def test_a_variable_without_a_value_is_the_option_without_one(command: str, option: str, value: str) -> None:
     """A secret that renders empty must not turn authentication off, nor anything else be taken as not given."""
-    variable = f"ZMQMSG_{command}_{option.removeprefix('--')}".replace("-", "_").upper()
-    # Whatever else is right, serve fails with another status.
-    given = run(command, f"{option}=")
-    done = run(command, **{"ZMQMSG_SERVE_BIND": "ipc:///dev/null/none"} | {variable: value})
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", given.stderr)
+    given = invoke(command, f"{option}=")
+    assert given[0] == 2
+    assert invoke(command, **{variable(command, option): value}) == given
 
 
 @pytest.mark.parametrize("value", ["", "  "], ids=["empty", "blank"])
 def test_a_flag_may_be_empty_and_so_may_a_reply(serve: Serve, value: str) -> None:
-    variables = {f"ZMQMSG_{command}_{flag[2:]}".upper(): value for command in ("send", "serve") for flag in FLAGS}
-    server, endpoint = serve("--count", "1", env=os.environ | variables | {"ZMQMSG_SERVE_REPLY": value})
+    variables = {variable(command, flag): value for command in ("send", "serve") for flag in FLAGS}
+    server, endpoint = serve("--count", "1", env=os.environ | variables | {variable("serve", "--reply"): value})
     done = run("send", "--connect", endpoint, "hello", **variables)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
     assert server.finish()[1] == b"hello\n"
