@@ -26,7 +26,7 @@ demo: .venv/run ## Send three messages from a client to a server, two processes
 	wait'
 
 test: .venv/dev ## Run the tests
-	$(BIN)/pytest -n 8
+	$(BIN)/pytest -n 10 --dist worksteal
 
 lint: .venv/dev ## Check style, format and types
 	$(BIN)/ruff check
@@ -34,7 +34,7 @@ lint: .venv/dev ## Check style, format and types
 	$(BIN)/mypy
 
 coverage: .venv/dev ## Run the tests and show what they leave out
-	$(BIN)/pytest -n 8 --cov --cov-report=term-missing
+	$(BIN)/pytest -n 10 --dist worksteal --cov --cov-report=term-missing
 
 soak: .venv/dev ## Run the long tests at full size
 	$(BIN)/pytest -m soak --timeout 900

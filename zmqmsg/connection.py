@@ -339,7 +339,7 @@ class Connection:
         if link.status:
             unknown = KEY_NOT_KNOWN if link.uses_curve else NOT_LET_IN
             self._waiting.failure = NOT_REFUSED_FOR_GOOD.get(link.status, unknown)
-        elif link.connected and not link.handshake_done:
+        elif link.ended and link.connected and not link.handshake_done:
             self._waiting.failure = CURVE_FAILING if link.uses_curve else HANDSHAKE_FAILING
         elif link.ended and self._addresses.left:
             self._next_connect = 0  # an address that does not accept connections holds up none of the others

@@ -231,6 +231,9 @@ class Client:
             if time.monotonic() >= deadline:
                 endpoints = ", ".join(connection.endpoint for connection in self._connections)
                 why = "; ".join(dict.fromkeys(connection.trouble.reason for connection in self._connections))
+                for connection in self._connections:
+                    if connection.link.connected:  # and stuck in its handshake
+                        connection.renew()
                 raise AttemptFailed(f"no server at {endpoints} within {self._timeout:g} s: {why}")
             wait(self._connections, [], deadline)
 
