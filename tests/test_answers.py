@@ -47,9 +47,12 @@ def test_a_command_that_is_cat_is_the_echo(reply: Run, body: bytes) -> None:
     assert reply(command("cat"), [body]) == [[body]]
 
 
-def test_a_large_request_goes_on_after_the_first_second(reply: Run) -> None:
+def test_a_large_request_goes_on_after_the_first_second_and_nothing_is_said(
+    reply: Run, capfd: pytest.CaptureFixture[str]
+) -> None:
     body = os.urandom(3_000_000)
     assert reply(command("sleep 1.5; cat"), [body]) == [[body]]
+    assert capfd.readouterr().err == ""
 
 
 LARGE = os.urandom(3_000_000)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import LINUX, Process, Serve, Start, soak, until
+from conftest import LINUX, Process, Send, Serve, Start, soak, until
 
 pytestmark = [
     LINUX,
@@ -65,6 +65,19 @@ def test_process_1_serves_until_the_first_signal_and_ends_at_the_second(
     server.wait_for_notice("stopping after the current request")
     os.kill(process_1(server), signal.SIGTERM)
     assert server.wait() == 128 + signal.SIGTERM
+
+
+def test_process_1_reaps_what_its_commands_have_left_running(
+    inside: Callable[..., Process], send: Send, tmp_path: Path
+) -> None:
+    endpoint = f"ipc://{tmp_path}/socket"
+    server = inside(AS_PROCESS_1, "serve", "--bind", endpoint, "--exec", "sleep 0.1 >/dev/null 2>&1 & cat")
+    server.wait_for_notice("listening")
+    assert send("--connect", endpoint, *"abc").stdout == b"a\nb\nc\n"
+    time.sleep(0.5)
+    assert send("--connect", endpoint, "d").stdout == b"d\n"
+    children = Path(f"/proc/{process_1(server)}/task/{process_1(server)}/children")
+    until(lambda: len(children.read_text().split()) <= 1)
 
 
 def test_an_idle_process_1_stops_in_order(inside: Callable[..., Process], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import click
 
 from zmqmsg.console import CHUNK, SHORTAGES, Failure, Form, notify
 from zmqmsg.quoting import abridge, quote, unquote
-from zmqmsg.signals import STOP_SIGNALS, StopSignals, kill_session
+from zmqmsg.signals import STOP_SIGNALS, StopSignals, kill_session, reap_orphans
 
 if TYPE_CHECKING:
     from subprocess import Popen  # otherwise only for programs: it takes 4 ms
@@ -180,6 +180,7 @@ class Command(Program):
             printed = self._run(process, data)
         finally:
             self._stop.sessions.discard(process.pid)
+        reap_orphans()
         status = process.returncode
         if status:
             notify(f"the command {describe_status(status)}", "yellow")
@@ -201,23 +202,22 @@ class Command(Program):
                     printed.append(pipes.read(NOTICE_DELAY))
                 except BrokenPipeError:  # it does not want the rest
                     pipes.unwritten = memoryview(b"")
-                self._tell_of(process, time.monotonic() - started)
+                if printed[-1] is None and time.monotonic() - started >= NOTICE_DELAY and has_ended(process):
+                    self._tell_once(
+                        "the command has ended, but something that it left running keeps its output open, and so the"
+                        " reply back; redirect the output of what goes on, as in: >/dev/null &"
+                    )
+                self._tell_of_wait(started)
         while process.returncode is None:
             with suppress(TimeoutExpired):
                 process.wait(NOTICE_DELAY)
-            self._tell_of(process, time.monotonic() - started)
+            self._tell_of_wait(started)
         return b"".join(filter(None, printed))
 
-    def _tell_of(self, process: "Popen[bytes]", seconds: float) -> None:
-        if seconds < NOTICE_DELAY:
-            return
-        self._tell_of_stop()
-        if has_ended(process):
-            self._tell_once(
-                "the command has ended, but something that it left running keeps its output open, and so the reply"
-                " back; redirect the output of what goes on, as in: >/dev/null &"
-            )
-        elif seconds >= LONG:
+    def _tell_of_wait(self, started: float) -> None:
+        if time.monotonic() - started >= NOTICE_DELAY:
+            self._tell_of_stop()
+        if time.monotonic() - started >= LONG:
             self._tell_once(f"the command still runs after {LONG:g} s; meanwhile, other requests wait")
 
 

@@ -102,3 +102,11 @@ def kill_session(session: int) -> None:
             with suppress(OSError):
                 if os.getsid(int(name)) == session:
                     os.kill(int(name), signal.SIGKILL)
+
+
+def reap_orphans() -> None:
+    """As process 1, reap what ended commands have left running and has ended since: nobody else does."""
+    if os.getpid() == 1:
+        with suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
