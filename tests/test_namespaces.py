@@ -34,7 +34,7 @@ def inside(start: Start, tmp_path: Path) -> Callable[..., Process]:
     return inside
 
 
-AS_PROCESS_1 = 'exec unshare -fp --mount-proc "$@"'
+AS_PROCESS_1 = 'exec unshare -fp --kill-child --mount-proc "$@"'
 
 
 def process_1(process: Process) -> int:
