@@ -296,7 +296,7 @@ class Connection:
 
     def pause(self, now: float) -> float:
         """Return the seconds until ``update()`` is due without an event: more the longer the wait has been."""
-        return min(max((now - self._waiting.since) / 10, 0.002), 0.1) if self._waiting else math.inf
+        return min(max((now - self._waiting.since) / 10, 0.002), 0.3) if self._waiting else math.inf
 
     def update(self) -> bool:
         """Do what follows from what has happened: connect, look for trouble, notify. Return whether a peer is ready."""
