@@ -8,6 +8,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 import time
 from contextlib import ExitStack, closing, suppress
 from functools import partial
@@ -24,6 +25,7 @@ from zmqmsg.sockets import Context, open_socket
 
 from conftest import (
     COMMAND,
+    LIMIT,
     LINUX,
     Process,
     Send,
@@ -156,6 +158,37 @@ def test_a_peer_that_can_never_answer_ends_send_at_once(send: Send, wrong: str, 
     assert done.stderr.count(b"\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("status", "notice"),
+    [
+        (b"400", "{}: it refused: the server does not let us in"),
+        (b"500", "waiting for {}: it refused: the server failed to check who we are"),
+    ],
+)
+def test_a_server_that_lets_nobody_in_without_keys_is_told_as_that(
+    context: Context, start: Start, status: bytes, notice: str
+) -> None:
+    """400 is for good, and 500 is not: those are the statuses of ZAP."""
+    gate = context.socket(zmq.REP)
+    gate.bind("inproc://zeromq.zap.01")
+
+    def refuse() -> None:
+        with gate, suppress(zmq.ContextTerminated):
+            while True:
+                version, number, *_ = gate.recv_multipart()
+                gate.send_multipart([version, number, status, b"no", b"", b""])
+
+    guard = threading.Thread(target=refuse)
+    guard.start()
+    with context.socket(zmq.REP) as server:
+        server.zap_domain = b"test"
+        endpoint = bind(server)
+        sender = start("send", "--connect", endpoint, "x")
+        assert sender.wait_for_notice("zmqmsg: (.*)")[1] == notice.format(endpoint)
+    context.term()
+    guard.join(LIMIT)
+
+
 def test_a_mute_port_is_told_as_that_however_short_the_timeout(send: Send) -> None:
     with listening(partial(say, b"")) as endpoint:
         done = send("--connect", endpoint, "--timeout", "0.4", "x")
@@ -273,6 +306,7 @@ def test_an_attempt_that_finds_no_server_any_more_is_one_of_the_retries(
     assert re.search(
         rf"no reply to 'x' \(3 attempts, .* s\): {gone}" if sent else rf"{gone}.*\(3 attempts, .* s\)", notices[-1]
     )
+    assert ("the request may have crashed the server" in notices[-1]) is sent
 
 
 # Several endpoints

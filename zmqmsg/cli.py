@@ -234,6 +234,7 @@ def serve(**options: Any) -> None:
       zmqmsg serve
       zmqmsg serve --reply '{"status": "ok"}'
       zmqmsg serve --exec 'tr a-z A-Z'
+      zmqmsg serve --filter 'sed -u s/a/b/'
       zmqmsg serve --bind 'tcp://*:5555' --bind ipc:///tmp/echo.sock
       zmqmsg serve --connect tcp://127.0.0.1:5556
 
@@ -302,9 +303,9 @@ def send(**options: Any) -> None:
     \b
     Exit status:
       0  all replies came
-      1  something failed; the current message was certainly not served,
-         unless it was its reply that could not be written
+      1  failed; the current message was certainly not served
+         (or it was its reply that could not be printed)
       2  wrong usage
-      3  no reply, but the current message may have been served
+      3  no reply; the current message was sent, or may have been
     """
     _run("send", options)
