@@ -97,6 +97,18 @@ def test_verbose_says_who_asked_how_much_and_how_long_the_answer_took(context: C
     assert server.finish()[:2] == (0, b"one\ntwo\n")
 
 
+def test_verbose_names_an_ipc_peer_by_its_process_and_an_old_peer_not_at_all(
+    context: Context, serve: Serve, tmp_path: Path
+) -> None:
+    server, local = serve("--verbose", "--bind", f"ipc://{tmp_path}/socket")
+    assert ask(context, local, b"x") == [b"x"]
+    server.wait_for_notice(rf"request 1 from process {os.getpid()}: 1 frame, 1 byte")
+    server, endpoint = serve("--verbose")
+    with socket.create_connection(address(endpoint), LIMIT) as old:
+        old.sendall(b"\xff" + bytes(8) + b"\x7f\x01\x03\0\0" + request(b"x"))
+        server.wait_for_notice(r"request 1 from unknown address: 1 frame, 1 byte")
+
+
 # What cannot be bound or connected to
 
 

@@ -156,7 +156,7 @@ class Waiting:
         self._look = Background(diagnose(self._endpoint, wanted, curve=link.uses_curve, known=known))
         return False
 
-    def notify(self, now: float) -> None:
+    def report(self, now: float) -> None:
         """Tell the user of a wait that lasts, and again when the reason is another one."""
         trouble = self.trouble
         notice = f"waiting for {self._endpoint}: {trouble.reason}"
@@ -305,7 +305,7 @@ class Connection:
             return True
         self.link.read_events()
         if not self.link.ready:
-            self._wait(now)
+            self._seek_peer(now)
         if self.link.ready:
             if self._waiting and (self._announce or self._waiting.notice):
                 notify(f"connected to {self.endpoint}")
@@ -315,7 +315,7 @@ class Connection:
             return True
         return False
 
-    def _wait(self, now: float) -> None:
+    def _seek_peer(self, now: float) -> None:
         if self.link.ended:
             if self._verbose and not self._waiting:
                 notify(f"connection to {self.endpoint} lost")
@@ -326,7 +326,7 @@ class Connection:
         if self._waiting and self._waiting.look(self.link, now, known=self.known):
             self.link.trust()
         elif self._waiting:
-            self._waiting.notify(now)
+            self._waiting.report(now)
 
     def renew(self) -> None:
         """Start again with a new link. A request that lies in the old one is not sent any more."""

@@ -5,13 +5,13 @@ import math
 import os
 import re
 import select
+import shlex
 import stat
 import struct
 import time
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from shlex import quote
 from threading import Thread
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
     # As PostgreSQL has it: a container's orchestrator mounts secrets for a group.
     forbidden = 0o037 if status.st_uid == 0 != os.geteuid() else 0o077
     if status.st_mode & forbidden:
-        raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {quote(path)}")
+        raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {shlex.quote(path)}")
     if stat.S_ISREG(status.st_mode) and not os.path.lexists(public_path(path)):
         with suppress(click.UsageError):  # it is not needed here
             _write(public_path(path), _certificate(public), 0o644)
@@ -312,7 +312,7 @@ class _Refusals:
     def __init__(self) -> None:
         self._told: dict[tuple[bytes, bytes], float] = {}
 
-    def notify(self, address: bytes, public: bytes) -> None:
+    def report(self, address: bytes, public: bytes) -> None:
         now = time.monotonic()
         self._told = {client: since for client, since in self._told.items() if now - since < REFUSAL_INTERVAL}
         if (address, public) in self._told or len(self._told) >= REFUSAL_LIMIT:
@@ -352,7 +352,7 @@ def _judge(request: list[bytes], clients: ClientKeys, refusals: _Refusals) -> li
             if name := clients.find(public):
                 status, text, user_id = b"200", b"OK", name.encode(errors="backslashreplace")  # pyzmq reads it as UTF-8
             else:
-                refusals.notify(address, public)
+                refusals.report(address, public)
         except OSError:
             status, text = b"300", b"client keys cannot be read just now"
     return [version, request_id, status, text, user_id, b""]

@@ -24,8 +24,8 @@ CONNECT_LIMIT = 10.0
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 """How ZMTP 2 and 3 begin."""
 
-VERSION = b"\x03\x00"
-NULL = b"NULL".ljust(20, b"\0") + bytes(32)
+GREETING_VERSION = b"\x03\x00"
+GREETING_REST = b"NULL".ljust(20, b"\0") + bytes(32)
 """The rest of a ZMTP 3.0 greeting: the mechanism, as-server and filler."""
 
 OLD_TYPES = ("PAIR", "PUB", "SUB", "REQ", "REP", "DEALER", "ROUTER", "PULL", "PUSH", "XPUB", "XSUB")
@@ -93,7 +93,7 @@ def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool
 
     yield Finding("connecting takes long")
     try:
-        peer = connect(addresses)
+        peer = connect_to_any(addresses)
     except OSError as error:
         yield Finding(in_words(error))
         return
@@ -115,7 +115,7 @@ def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool
             yield Finding("connected, but the connection was closed during the ZeroMQ handshake")
 
 
-def connect(addresses: list[tuple[int, Any]]) -> "socket":
+def connect_to_any(addresses: list[tuple[int, Any]]) -> "socket":
     """Return a connection to the first of ``addresses`` that accepts one; raise the first OSError if none does."""
     import socket
 
@@ -168,7 +168,7 @@ def read_answer(peer: "socket", heard: bytes, wanted: Collection[str], *, curve:
         return
 
     yield Finding("connected, but the ZeroMQ handshake is not finished yet")
-    peer.sendall(VERSION)
+    peer.sendall(GREETING_VERSION)
     heard = read(peer, heard, 12)
     if heard[10] < 3:
         socket_type = OLD_TYPES[heard[11]] if heard[10] and heard[11] < len(OLD_TYPES) else ""
@@ -184,7 +184,7 @@ def read_answer(peer: "socket", heard: bytes, wanted: Collection[str], *, curve:
         yield NOTHING_WRONG
         return
 
-    peer.sendall(NULL)
+    peer.sendall(GREETING_REST)
     yield judge_type(read_socket_type(peer, heard), wanted)
 
 

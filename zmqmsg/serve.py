@@ -71,7 +71,7 @@ def run(
         # Binding may wait for a name server. Until then, a signal ends the process at once.
         stop.install()
         for endpoint in endpoints:
-            announce(endpoint, open_to_all=not client_keys)
+            notify_of_endpoint(endpoint, open_to_all=not client_keys)
         stack.enter_context(answer)
         server.run([listener] if bind else [], connections)
         notify(f"{count_of(server.served, 'request')} served")
@@ -100,7 +100,7 @@ def load_keys(
 ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
 
 
-def announce(endpoint: str, *, open_to_all: bool) -> None:
+def notify_of_endpoint(endpoint: str, *, open_to_all: bool) -> None:
     """Tell the user what is bound, with a warning if other machines can reach it and nobody is kept out."""
     host, _, port = endpoint.rpartition(":")
     everywhere = ALL_ADDRESSES.get(host)
