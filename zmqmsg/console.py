@@ -115,7 +115,8 @@ def show_error(error: click.ClickException) -> None:
     if isinstance(error, click.exceptions.NoArgsIsHelpError):
         _standard_error.write(f"{error.message}\n")
     elif isinstance(error, click.UsageError) and error.ctx and type(error) is not click.UsageError:
-        notify(f"{error.format_message().rstrip('.')}; see '{error.ctx.command_path} --help'", "red")
+        text = error.format_message().removesuffix(".")
+        notify(f"{text}{' See' if text.endswith('?') else '; see'} '{error.ctx.command_path} --help'", "red")
     else:
         notify(error.format_message(), "red")
 
