@@ -25,6 +25,7 @@ from conftest import (
     Serve,
     Start,
     address,
+    ask,
     bind,
     descriptors,
     listening,
@@ -353,11 +354,12 @@ def test_a_server_without_descriptors_serves_again_as_soon_as_it_has_some(
     server.assert_idle()
 
 
-def test_serve_raises_its_limit_of_descriptors(serve: Serve) -> None:
+def test_serve_raises_its_limit_of_descriptors(context: Context, serve: Serve) -> None:
     def limit_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
 
-    process, _endpoint = serve(preexec_fn=limit_descriptors)
+    process, endpoint = serve("--exec", "ulimit -n", preexec_fn=limit_descriptors)
+    assert ask(context, endpoint, b"x") == [b"64\n"], "a command has the usual one"
     assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2
 
 

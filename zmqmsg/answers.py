@@ -105,7 +105,8 @@ class Program(Answer):
     def __init__(self, command: str, form: Form, stop: StopSignals) -> None:
         """Use the shell command ``command``, for messages in ``form``, until ``stop`` is requested."""
         # serve raises its own limit of descriptors, and a program may rely on the usual one.
-        self._command = f"ulimit -S -n {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}; {command}"
+        usual = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        self._command = f"ulimit -S -n {'unlimited' if usual == resource.RLIM_INFINITY else usual}; {command}"
         self._form = form
         self._stop = stop
         self._told: set[str] = set()
