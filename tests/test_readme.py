@@ -26,7 +26,7 @@ class Shells:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         # Any ports, as others may use the README's.
-        self._ports = [(port, str(address(free_endpoint())[1])) for port in ("5555", "5556")]
+        self._ports = [(port, str(address(free_endpoint())[1])) for port in ("5555", "5556", "6000")]
         self._environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "ZMQMSG_SEND_CONNECT": f"tcp://127.0.0.1:{self._ports[0][1]}",
@@ -46,7 +46,7 @@ class Shells:
             shell, cwd=self._directory, env=self._environment, stdout=subprocess.PIPE, timeout=LIMIT, check=False
         )
         assert not options or done.returncode == 0, f"{commands}: {done.stdout!r}"
-        return done.stdout.decode()
+        return done.stdout.decode(errors="backslashreplace")
 
     def start(self, command: str, expected: str, ready: bytes | None) -> None:
         """Run ``command`` in a terminal of its own, wait until it says that it is ``ready``, and go on."""
@@ -112,6 +112,17 @@ def test_what_the_readme_shows_is_what_happens(shells: Shells, tmp_path: Path, s
                     shells.start("zmqmsg serve --quiet", "", b"listening on")
                     has_server = True
                 assert shells.run(text if shutil.which("jq") else re.sub(".*jq.*\n", "", text), STRICT)
+            case ["sh", "servers"]:
+                (tmp_path / "command").write_text("#!/bin/sh\nexec cat\n")
+                (tmp_path / "command").chmod(0o755)
+                for line in filter(usable, text.splitlines()):
+                    shells.stop()
+                    if "send" in line:  # a tap
+                        shells.start(shells.replace_ports("zmqmsg serve --bind tcp://127.0.0.1:6000"), "", b"listening")
+                    shells.start(line, "", b"listening on")
+                    reply = shells.run("""zmqmsg send --timeout 5 --retries 0 '{"id": 1}'""")
+                    assert ("no reply" in reply) is ("kill" in line), (line, reply)
+                    assert reply
             case ["sh", "broker"]:
                 shells.start(text, "", None)
             case ["sh", "worker"]:
@@ -120,6 +131,11 @@ def test_what_the_readme_shows_is_what_happens(shells: Shells, tmp_path: Path, s
             case ["sh", "clients"]:
                 assert shells.run(text, STRICT) == "".join(f"JOB {number}\n" for number in range(1, 101))
     shells.stop()
+
+
+def usable(line: str) -> bool:
+    """Return whether ``line`` is a command that can run here."""
+    return line.startswith("zmqmsg") and ("jq" not in line or shutil.which("jq") is not None)
 
 
 def test_most_sections_have_something_to_run() -> None:
