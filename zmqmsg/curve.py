@@ -311,16 +311,19 @@ class _Refusals:
 
     def __init__(self) -> None:
         self._told: dict[tuple[bytes, bytes], float] = {}
+        self._hidden_since = -math.inf
 
     def report(self, address: bytes, public: bytes) -> None:
         now = time.monotonic()
         self._told = {client: since for client, since in self._told.items() if now - since < REFUSAL_INTERVAL}
-        if (address, public) in self._told or len(self._told) >= REFUSAL_LIMIT:
+        if (address, public) in self._told:
             return
-        self._told[address, public] = now
-        where = address.decode(errors="backslashreplace")
-        notify(f"refused a client from {where}: its public key {public.decode()} is not known", "yellow")
-        if len(self._told) == REFUSAL_LIMIT:
+        if len(self._told) < REFUSAL_LIMIT:
+            self._told[address, public] = now
+            where = address.decode(errors="backslashreplace")
+            notify(f"refused a client from {where}: its public key {public.decode()} is not known", "yellow")
+        elif now - self._hidden_since >= REFUSAL_INTERVAL:
+            self._hidden_since = now
             notify("further refusals are not shown for a while", "yellow")
 
 
