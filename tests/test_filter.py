@@ -51,21 +51,16 @@ def test_each_request_is_answered_by_a_line_of_the_program_that_stays(
     assert server.finish()[:2] == (0, b"one\n\ntwo words\n")
 
 
-def test_what_a_line_is_depends_on_the_form(serve: Serve, send: Send) -> None:
-    for options, request, reply in [
-        (["--null"], b"two\nlines", b"two\nlines"),
-        (["--raw"], b"a\\n", b"a\\n"),
-        (["--quoted"], b"a\tb\n\0\xff", b"a\tb\n\0\xff"),
-    ]:
-        server, endpoint = serve("--filter", "cat", *options)
-        path = Path(f"/tmp/zmqmsg-test-{os.getpid()}")
-        path.write_bytes(request)
-        try:
-            done = send("--raw", "--connect", endpoint, "--file", str(path))
-        finally:
-            path.unlink()
-        assert (done.returncode, done.stdout) == (0, reply)
-        server.close()
+@pytest.mark.parametrize(
+    ("option", "request_"), [("--null", b"two\nlines"), ("--raw", b"a\\n"), ("--quoted", b"a\tb\n\0\xff")]
+)
+def test_what_a_line_is_depends_on_the_form(
+    serve: Serve, send: Send, tmp_path: Path, option: str, request_: bytes
+) -> None:
+    _, endpoint = serve("--filter", "cat", option)
+    (tmp_path / "request").write_bytes(request_)
+    done = send("--raw", "--connect", endpoint, "--file", f"{tmp_path}/request")
+    assert (done.returncode, done.stdout) == (0, request_)
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
