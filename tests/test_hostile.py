@@ -321,7 +321,8 @@ def test_a_client_that_never_reads_its_replies_keeps_nobody_from_theirs(
     with socket.create_connection(address(endpoint), LIMIT) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         assert shake_hands(deaf)
-        with honest(start, endpoint):
+        deaf.settimeout(1)  # the kernel may hold its requests back, as its window for replies is closed
+        with honest(start, endpoint), suppress(TimeoutError):
             for _ in range(requests):
                 deaf.sendall(request(bytes(size)))
     server.assert_recovered()
