@@ -10,7 +10,7 @@ from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-REPEAT_DELAY = 0.1
+REPEAT_DELAY = 0.05
 """Seconds in which the same signal counts once: GNU timeout sends it to its child, and then to the whole group."""
 
 
