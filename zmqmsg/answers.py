@@ -11,15 +11,12 @@ from typing import IO, TYPE_CHECKING, Any, NoReturn, Self, cast
 
 import click
 
-from zmqmsg.console import CHUNK, SHORTAGES, Failure, Form, notify
+from zmqmsg.console import CHUNK, NOTICE_DELAY, SHORTAGES, Failure, Form, notify
 from zmqmsg.quoting import abridge, quote, unquote
 from zmqmsg.signals import STOP_SIGNALS, StopSignals, kill_session, reap_orphans
 
 if TYPE_CHECKING:
     from subprocess import Popen  # otherwise only for programs: it takes 4 ms
-
-NOTICE_DELAY = 1.0
-"""Seconds without an answer before the user is told what it waits for."""
 
 LONG = 5.0
 """Seconds after which the user is told that a command keeps other requests waiting."""

@@ -14,12 +14,9 @@ from typing import Any, Generic, TypeVar, cast
 
 import zmq
 
-from zmqmsg.console import Failure, notify
+from zmqmsg.console import NOTICE_DELAY, Failure, notify
 from zmqmsg.diagnosis import CONNECT_LIMIT, Finding, diagnose, resolve_numeric
 from zmqmsg.sockets import Socket, connect, is_named, open_monitor
-
-NOTICE_DELAY = 1.0
-"""Seconds of waiting before the user is told of it."""
 
 LOOK_DELAY = 0.5
 """Seconds without a ready peer before the first look at what stands in the way."""
@@ -145,16 +142,16 @@ class Waiting:
         That is so if the peer is an old one, and the link was connected when the look began.
         """
         look = self._look
-        if now < (self.since + self._look_delay if look is None else look.ended + LOOK_INTERVAL):
-            # What is found on the way counts only where the look is held up.
-            if look and (look.ended <= now or now - look.began >= self._look_delay):
-                self._finding = look.latest
-            found = self._finding or NO_ANSWER
-            return found.old and not found.hopeless and self._looks_at is link
-        self._looks_at = link if link.connected else None
-        wanted = ("REP", "ROUTER") if link.socket.type == zmq.REQ else ("DEALER", "REQ")
-        self._look = Background(diagnose(self._endpoint, wanted, curve=link.uses_curve, known=known))
-        return False
+        if now >= (self.since + self._look_delay if look is None else look.ended + LOOK_INTERVAL):
+            self._looks_at = link if link.connected else None
+            wanted = ("REP", "ROUTER") if link.socket.type == zmq.REQ else ("DEALER", "REQ")
+            self._look = Background(diagnose(self._endpoint, wanted, curve=link.uses_curve, known=known))
+            return False
+        # What is found on the way counts only where the look is held up.
+        if look and (look.ended <= now or now - look.began >= self._look_delay):
+            self._finding = look.latest
+        found = self._finding or NO_ANSWER
+        return found.old and not found.hopeless and self._looks_at is link
 
     def report(self, now: float) -> None:
         """Tell the user of a wait that lasts, and again when the reason is another one."""
@@ -192,11 +189,6 @@ class Link:
         return self._events & CONNECTED != 0
 
     @property
-    def handshake_done(self) -> bool:
-        """Whether messages can be sent, or could."""
-        return self._events & READY != 0
-
-    @property
     def ready(self) -> bool:
         """Whether messages can be sent."""
         return self._events & (READY | ENDED) == READY
@@ -205,6 +197,15 @@ class Link:
     def ended(self) -> bool:
         """Whether the connection has ended, or could not be made."""
         return self._events & ENDED != 0
+
+    @property
+    def failure(self) -> Finding | None:
+        """How the handshake has failed, if it has."""
+        if self.status:
+            return NOT_REFUSED_FOR_GOOD.get(self.status, KEY_NOT_KNOWN if self.uses_curve else NOT_LET_IN)
+        if self.ended and self._events & (CONNECTED | READY) == CONNECTED:
+            return CURVE_FAILING if self.uses_curve else HANDSHAKE_FAILING
+        return None
 
     @property
     def uses_curve(self) -> bool:
@@ -336,12 +337,8 @@ class Connection:
             self._waiting = Waiting(self.endpoint, self._look_delay)
         self._next_update = 0
         link = self.link
-        if link.status:
-            unknown = KEY_NOT_KNOWN if link.uses_curve else NOT_LET_IN
-            self._waiting.failure = NOT_REFUSED_FOR_GOOD.get(link.status, unknown)
-        elif link.ended and link.connected and not link.handshake_done:
-            self._waiting.failure = CURVE_FAILING if link.uses_curve else HANDSHAKE_FAILING
-        elif link.ended and self._addresses.left:
+        self._waiting.failure = link.failure or self._waiting.failure
+        if link.ended and not link.connected and self._addresses.left:
             self._next_connect = 0  # an address that does not accept connections holds up none of the others
         link.close()
         self.link = Link(self._open_socket())

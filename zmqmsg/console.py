@@ -6,9 +6,9 @@ import os
 import select
 import stat
 import sys
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
-from typing import IO, Any, NamedTuple, TextIO, cast
+from typing import IO, Any, NamedTuple, TextIO, TypeVar, cast
 
 import click
 
@@ -23,14 +23,19 @@ LONG_INPUT = 65536
 SILENCE = 0.5
 """Seconds without input after which whoever reads messages can do something else."""
 
+NOTICE_DELAY = 1.0
+"""Seconds of waiting before the user is told what for."""
+
 STALL = 1.0
 """Seconds after which an output counts as one that nobody reads."""
 
 HIDE_CURSOR = "\033[?25l"
 
-
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 """Errors of the system that may be over soon: no descriptors, processes or memory."""
+
+
+T = TypeVar("T")
 
 
 class Failure(click.ClickException):
@@ -207,7 +212,8 @@ def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: 
     """
     yield from arguments
     for file in files:
-        yield from _join(_read(sys.stdin) if file == "-" else _read_file(file))
+        for chunks in collect(_read(sys.stdin) if file == "-" else _read_file(file)):
+            yield None if chunks is None else [b"".join(chunks)]
     if not arguments and not files:
         if _is_terminal(sys.stdin):
             notify("reading messages, one per line; press Ctrl-D to finish")
@@ -242,15 +248,15 @@ def _read_file(file: str) -> Iterator[bytes | None]:
         raise Failure(f"cannot read {file}: {error.strerror}") from error
 
 
-def _join(chunks: Iterator[bytes | None]) -> Iterator[list[bytes] | None]:
-    """Yield all ``chunks`` as one message of one frame, and None for each None before."""
-    parts = []
-    for chunk in chunks:
-        if chunk is None:
+def collect(items: Iterable[T | None]) -> Iterator[list[T] | None]:
+    """Yield None for each None in ``items``, and at the end a list of all others."""
+    collected = []
+    for item in items:
+        if item is None:
             yield None
         else:
-            parts.append(chunk)
-    yield [b"".join(parts)]
+            collected.append(item)
+    yield collected
 
 
 def _read(stream: IO[Any] | None, name: str = "standard input") -> Iterator[bytes | None]:

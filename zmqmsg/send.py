@@ -12,8 +12,8 @@ import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.connection import LOOK_DELAY, NOTICE_DELAY, Connection, fail_if_hopeless, wait
-from zmqmsg.console import Failure, Form, Output, notify, read_messages
+from zmqmsg.connection import LOOK_DELAY, Connection, fail_if_hopeless, wait
+from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, collect, notify, read_messages
 from zmqmsg.quoting import abridge, count_of, describe
 from zmqmsg.sockets import Context, Socket, open_socket, receive, send
 
@@ -80,15 +80,10 @@ def run(
 
 def join(messages: Iterable[list[bytes] | None]) -> Iterator[list[bytes] | None]:
     """Yield the frames of all ``messages`` as one message, and None for each None before it is complete."""
-    frames = []
-    for message in messages:
-        if message is None:
-            yield None
-        else:
-            frames += message
-    if not frames:
-        raise click.UsageError("--multipart needs at least one message")
-    yield frames
+    for collected in collect(messages):
+        if collected == []:
+            raise click.UsageError("--multipart needs at least one message")
+        yield None if collected is None else [frame for message in collected for frame in message]
 
 
 class Reply(NamedTuple):

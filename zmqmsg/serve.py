@@ -13,8 +13,8 @@ import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.answers import Answer, Unanswered, choose_answer
-from zmqmsg.connection import NOTICE_DELAY, Connection, fail_if_hopeless, wait
-from zmqmsg.console import Failure, Form, Output, notify
+from zmqmsg.connection import Connection, fail_if_hopeless, wait
+from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify
 from zmqmsg.quoting import count_of, describe
 from zmqmsg.signals import StopSignals
 from zmqmsg.sockets import ApplyKeys, Context, Socket, bound, is_local, open_socket, receive, send
