@@ -32,6 +32,8 @@ lint: .venv/dev ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --platform darwin zmqmsg
+	$(BIN)/mypy --platform win32 zmqmsg
 
 coverage: .venv/dev ## Run the tests and show what they leave out
 	$(BIN)/pytest -n 10 --dist worksteal --cov --cov-report=term-missing

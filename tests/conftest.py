@@ -20,9 +20,9 @@ import zmq
 
 import zmqmsg
 from zmqmsg.answers import Answer
+from zmqmsg.attendant import Attendant
 from zmqmsg.console import Form
 from zmqmsg.serve import Server
-from zmqmsg.signals import StopSignals
 from zmqmsg.sockets import Context, Socket, bound, open_socket
 
 COMMAND = [sys.executable, "-m", "zmqmsg"]
@@ -212,6 +212,17 @@ def address(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
+def await_end(endpoint: str) -> None:
+    """Wait until nobody listens at ``endpoint`` any more, and the connections of who did have ended, too."""
+
+    def is_refused() -> bool:
+        with socket.socket() as client:
+            return client.connect_ex(address(endpoint)) != 0
+
+    until(is_refused)
+    time.sleep(0.05)  # nothing tells of the other end
+
+
 @contextmanager
 def listening(talk: Callable[[socket.socket], object], endpoint: str = "tcp://127.0.0.1:0") -> Iterator[str]:
     """Listen, and let ``talk`` deal with each connection in a thread, and close it; the context gets the endpoint."""
@@ -322,7 +333,7 @@ QUOTED = Form.choose(null=False, quoted=True, raw=False)
 def answering(context: Context, answer: Answer, count: int, endpoint: str = "inproc://server") -> Iterator[str]:
     """Let a Server answer ``count`` requests in a thread; the context gets the real endpoint."""
     with answer, open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        server = Server(answer, StopSignals(), count=count)
+        server = Server(answer, Attendant(), count=count)
         thread = threading.Thread(target=server.run, args=([socket],))
         thread.start()
         yield real

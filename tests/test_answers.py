@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from zmqmsg.answers import Answer, Command, Text
+from zmqmsg.attendant import Attendant
 from zmqmsg.console import Form
-from zmqmsg.signals import StopSignals
 from zmqmsg.sockets import Context
 
 from conftest import PLAIN, QUOTED, answering, ask
@@ -29,7 +29,7 @@ def reply(context: Context) -> Run:
 
 
 def command(text: str, form: Form = PLAIN) -> Command:
-    return Command(text, form, StopSignals())
+    return Command(text, form, Attendant())
 
 
 def test_a_request_is_echoed_frame_by_frame(reply: Run) -> None:

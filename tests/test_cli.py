@@ -35,13 +35,13 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
     [
         ("send -c localhost:5555", ["'localhost:5555'", "tcp://127.0.0.1:5555", "zmqmsg send --help"]),
         ("serve -b ipc://", ["'ipc://'", "ipc:///tmp/"]),
-        ("serve -n 0", ["'--count'", "'0'", "1 or more"]),
+        ("serve -n 0", ["'--count'", "0 is not", "x>=1"]),
         ("serve --max-size 12parsecs", ["'12parsecs'", "64M"]),
         ("send --max-size 511", ["'511'", "512 at least"]),
         ("send -t 0", ["'--timeout'", "'0'", "above 0"]),
         ("send -t nan", ["'--timeout'", "'nan'"]),
         ("send -t soon", ["'--timeout'", "'soon'"]),
-        ("send -r -1", ["'--retries'", "'-1'", "0 or more"]),
+        ("send -r -1", ["'--retries'", "-1 is not", "x>=0"]),
         ("send -f /missing", ["'--file'", "'/missing'", "does not exist"]),
         ("send -f /", ["'--file'", "'/'", "is a directory"]),
         ("send --multi", ["'--multi'", "'--multipart'"]),
@@ -55,8 +55,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("serve --filter a --exec b", ["--exec and --filter"]),
         ("send --raw -0", ["--null and --raw"]),
         ("serve -Q --raw", ["--quoted and --raw"]),
-        ("--timeout 1 send hi", ["--timeout goes after the command", "zmqmsg send --timeout"]),
-        ("-b tcp://127.0.0.1:1 serve", ["-b goes after the command", "zmqmsg serve -b"]),
+        ("--verbose send hi", ["'--verbose'", "zmqmsg --help"]),
     ],
 )
 def test_wrong_usage_names_the_value_and_the_way_out(arguments: str, words: list[str]) -> None:
@@ -96,14 +95,16 @@ def test_the_module_and_the_script_are_the_same(command: list[str]) -> None:
     assert page == run("send", "--help").stdout
 
 
-@pytest.mark.parametrize("arguments", [["serve"], ["send", "-t", "1", "x"], ["send", "-c", "tcp://localhost:1", "x"]])
-@pytest.mark.parametrize("limit", [8, 12, 16])
-def test_too_few_descriptors_are_told_in_one_line(arguments: list[str], limit: int) -> None:
-    """libzmq would abort, or Python show a traceback."""
+@pytest.mark.parametrize("limit", range(12, 34, 2))
+@pytest.mark.parametrize("arguments", ["send -t 0.1 -c tcp://localhost:1 x", "send -t 0.1 -c ipc:///none x", "serve"])
+def test_too_few_descriptors_are_told_in_one_line(arguments: str, limit: int) -> None:
     command = f'ulimit -n {limit}; exec "$@"'
-    done = subprocess.run(["sh", "-c", command, "sh", *COMMAND, *arguments], capture_output=True, timeout=LIMIT)
-    assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr == b"zmqmsg: Too many open files: raise the limit, for example with: ulimit -n 256\n"
+    server = ["--bind", "tcp://127.0.0.1:*", "--client-keys", "/none", "--key", "/dev/null"] * ("serve" in arguments)
+    given = ["sh", "-c", command, "sh", *COMMAND, *arguments.split(), *server]
+    done = subprocess.run(given, capture_output=True, timeout=LIMIT)
+    assert done.returncode in (1, 2)
+    assert done.stderr.startswith(b"zmqmsg: ")
+    assert done.stderr.count(b"\n") == 1
 
 
 # The environment

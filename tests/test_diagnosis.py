@@ -27,8 +27,8 @@ def hopeless(reason: str) -> Finding:
     return Finding(reason, hopeless=True)
 
 
-def findings(endpoint: str, *, curve: bool = False, known: bool = False) -> Iterator[Finding]:
-    return diagnose(endpoint, WANTED, curve=curve, known=known)
+def findings(endpoint: str, *, curve: bool = False, was_ready: bool = False) -> Iterator[Finding]:
+    return diagnose(endpoint, WANTED, curve=curve, was_ready=was_ready)
 
 
 def last(endpoint: str, *, curve: bool = False) -> Finding:
@@ -36,11 +36,11 @@ def last(endpoint: str, *, curve: bool = False) -> Finding:
 
 
 PEERS: dict[str, tuple[Talk, Finding, Finding]] = {
-    "REP": (partial(greet_as, b"REP"), Finding(""), hopeless("it does not use CURVE; leave --server-key out")),
+    "REP": (partial(greet_as, b"REP"), Finding(""), hopeless("it does not use CURVE: is it the right server?")),
     "PUB": (
         partial(greet_as, b"PUB"),
         hopeless("it is a PUB socket, not a REP or ROUTER"),
-        hopeless("it does not use CURVE; leave --server-key out"),
+        hopeless("it does not use CURVE: is it the right server?"),
     ),
     "CURVE": (partial(say, greeting(b"CURVE")), hopeless("it requires CURVE; pass --server-key"), Finding("")),
     "PLAIN": (
@@ -71,12 +71,12 @@ PEERS: dict[str, tuple[Talk, Finding, Finding]] = {
     "error": (
         partial(say, greeting() + command(b"ERROR", b"\x03400")),
         Finding(""),
-        hopeless("it does not use CURVE; leave --server-key out"),
+        hopeless("it does not use CURVE: is it the right server?"),
     ),
     "long READY": (
         partial(say, greeting() + b"\6" + (300).to_bytes(8) + b"\5READY\x0bSocket-Type\0\0\0\3SUB" + bytes(275)),
         hopeless("it is a SUB socket, not a REP or ROUTER"),
-        hopeless("it does not use CURVE; leave --server-key out"),
+        hopeless("it does not use CURVE: is it the right server?"),
     ),
 }
 
@@ -108,15 +108,15 @@ def test_the_type_of_a_socket_of_libzmq_is_seen(context: Context, socket_type: s
     assert last(endpoint) == (Finding("") if socket_type in WANTED else wrong)
 
 
-@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("was_ready", [False, True])
 def test_a_mute_port_is_told_as_that_and_looked_at_until_it_speaks(
-    monkeypatch: pytest.MonkeyPatch, known: bool
+    monkeypatch: pytest.MonkeyPatch, was_ready: bool
 ) -> None:
     monkeypatch.setattr("zmqmsg.diagnosis.GREETING_DELAY", 0.1)
-    likely = "the server may be hung" if known else "wrong port, or a hung server?"
+    likely = "the server may be hung" if was_ready else "wrong port, or a hung server?"
     mute = "connected, but no ZeroMQ greeting yet"
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        looking = findings(f"tcp://127.0.0.1:{listener.getsockname()[1]}", known=known)
+        looking = findings(f"tcp://127.0.0.1:{listener.getsockname()[1]}", was_ready=was_ready)
         reasons = [next(looking).reason for _ in range(4)]
         assert reasons[2:] == [mute, f"{mute}; {likely}"]
         with listener.accept()[0] as connection:

@@ -427,7 +427,7 @@ def test_a_handshake_that_fails_says_what_to_check(keys: Keys, serve: Serve, sta
             ["--server-key", str(keys.stranger.public)],
             "waiting for {}: CURVE handshake failing; check --server-key",
         ),
-        (plain, ["--server-key", str(keys.server.public)], "{}: it does not use CURVE; leave --server-key out"),
+        (plain, ["--server-key", str(keys.server.public)], "{}: it does not use CURVE: is it the right server?"),
     ]:
         sender = start("send", "--connect", endpoint, *options, "x")
         assert sender.wait_for_notice("zmqmsg: (.*)")[1] == notice.format(endpoint)

@@ -19,7 +19,7 @@ import pytest
 import zmq
 
 from zmqmsg.answers import Answer
-from zmqmsg.connection import Connection
+from zmqmsg.connection import Peer
 from zmqmsg.send import Client
 from zmqmsg.sockets import Context, open_socket
 
@@ -32,6 +32,7 @@ from conftest import (
     Serve,
     Start,
     answering,
+    await_end,
     bind,
     free_endpoint,
     listening,
@@ -63,9 +64,9 @@ def test_replies_come_in_the_order_of_the_requests_frame_for_frame(context: Cont
     messages = [[b"%d" % number] for number in range(100)] + [[b"", b"a\nb", b"\0\xff", b"", b"x" * 100_000]]
     with (
         answering(context, Answer(), len(messages), endpoint) as real,
-        closing(Connection(real, lambda: open_socket(context, zmq.REQ))) as connection,
+        closing(Peer(real, lambda: open_socket(context, zmq.REQ))) as peer,
     ):
-        client = Client([connection])
+        client = Client([peer])
         assert [[frame.bytes for frame in client.ask(frames).frames] for frames in messages] == messages
 
 
@@ -287,12 +288,12 @@ def test_an_attempt_that_finds_no_server_any_more_is_one_of_the_retries(
     """The exit status tells whether the message may have been served."""
     server, endpoint = open_server(context, zmq.REP)
     sender = start("send", "--verbose", "--connect", endpoint, "--timeout", "0.6", "--retries", "2")
-    sender.wait_for_notice(f"connected to {endpoint}")
+    sender.send_line(b"before")
+    server.send(server.recv())
+    assert sender.read_line() == b"before"
     if not sent:
-        sender.send_line(b"before")
-        server.send(server.recv())
         server.close()
-        sender.wait_for_notice("lost")
+        await_end(endpoint)
     sender.send_line(b"x")
     if sent:
         assert server.recv() == b"x"
@@ -318,19 +319,24 @@ def test_requests_go_round_robin_among_more_endpoints_than_there_are_io_threads(
     until(lambda: len(server.notices) == count)
     endpoints = [notice.rpartition(" ")[2] for notice in server.notices]
     sender = start("send", "--verbose", *connects(*endpoints))
-    for endpoint in endpoints:
-        sender.wait_for_notice(f"connected to {endpoint}")
+
+    def all_are_ready() -> bool:
+        return sum("connected to" in notice for notice in exchange(sender)) == count
+
+    until(all_are_ready)
     for _ in range(2 * count):
         exchange(sender)
     assert sender.finish()[0] == 0
-    order = replied(sender)
+    order = replied(sender)[-2 * count :]
     assert sorted(order[:count]) == sorted(endpoints)
     assert order == order[:count] * 2
 
 
-def exchange(sender: Process) -> None:
+def exchange(sender: Process) -> list[str]:
+    """Send a line and read its reply; return the notices by then."""
     sender.send_line(b"x")
     assert sender.read_line() == b"x"
+    return sender.notices
 
 
 def replied(sender: Process) -> list[str]:
@@ -378,21 +384,21 @@ def test_one_bad_endpoint_among_several_harms_no_good_one(
                 serve("--bind", endpoint, *key, "--client-keys", f"{tmp_path}/nobody")
 
         def is_served_and_told() -> bool:
-            exchange(sender)
-            return any(reason in notice for notice in sender.notices)
+            return any(reason in notice for notice in exchange(sender))
 
         if not replaced:
             bind_bad()
         sender = start("send", "--verbose", *server_key, *connects(endpoint, good))
-        sender.wait_for_notice(f"connected to {good}")
+        exchange(sender)
         if replaced:
-            sender.wait_for_notice(f"connected to {endpoint}")
+            until(lambda: f"zmqmsg: connected to {endpoint}" in exchange(sender))
             former_server.close()
             bind_bad()
-            sender.wait_for_notice(f"connection to {endpoint} lost")
+            exchange(sender)
+        replies_before = len(replied(sender))
         until(is_served_and_told)
         assert sender.finish()[0] == 0
-    assert set(replied(sender)) == {good}
+    assert set(replied(sender)[replies_before:]) == {good}
     assert sum(reason in notice for notice in sender.notices) == 1
     assert not any("retrying" in notice for notice in sender.notices)
 
@@ -438,11 +444,11 @@ def test_verbose_gives_the_time_of_the_attempt_that_brought_the_reply(context: C
 def test_verbose_reports_connections_as_they_come_and_go(serve: Serve, start: Start) -> None:
     server, endpoint = serve()
     sender = start("send", "--verbose", "--connect", endpoint)
-    sender.wait_for_notice(f"connected to {endpoint}")
+    exchange(sender)
     server.close()
-    sender.wait_for_notice(f"connection to {endpoint} lost")
     serve("--bind", endpoint)
     exchange(sender)
+    assert f"zmqmsg: connection to {endpoint} lost" in sender.notices
     assert sender.finish()[2].count(f"zmqmsg: connected to {endpoint}") == 2
 
 

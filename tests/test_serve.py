@@ -253,7 +253,7 @@ def test_a_second_signal_ends_the_wait_for_a_client_that_does_not_read(serve: Se
         server.signal(signal.SIGTERM)
         server.wait_for_notice("waiting for the last reply.*second signal")
         server.signal(signal.SIGTERM)
-        assert server.wait() == -signal.SIGTERM
+        assert server.wait() == 128 + signal.SIGTERM
 
 
 @soak
@@ -383,34 +383,24 @@ def test_a_second_signal_ends_it_at_once_though_its_output_blocks(serve: Serve, 
     server.wait_for_notice(UNREAD)
     for _ in range(2):
         server.signal(signal.SIGINT)
-    assert server.wait() in (1, -signal.SIGINT)
+    assert server.wait() in (1, 128 + signal.SIGINT)
 
 
-def test_notices_that_nobody_reads_do_not_keep_it_from_serving(context: Context, start: Start, tmp_path: Path) -> None:
+def test_notices_that_nobody_reads_keep_no_signal_from_ending_it(start: Start, tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/a.sock"
     reading, writing = os.pipe()
-
-    def read() -> bytes:
-        with suppress(BlockingIOError):
-            return os.read(reading, 65536)
-        return b""
-
     try:
-        for end in (reading, writing):
-            os.set_blocking(end, False)
+        os.set_blocking(writing, False)
         with suppress(BlockingIOError):
             while True:
                 os.write(writing, bytes(4096))
         os.set_blocking(writing, True)
-        server = start("serve", "--verbose", "--bind", endpoint, stderr=writing)
+        server = start("serve", "--bind", endpoint, stderr=writing)
+        until((tmp_path / "a.sock").exists)
         started = time.monotonic()
-        assert [ask(context, endpoint, b"x") for _ in range(20)] == [[b"x"]] * 20
-        assert time.monotonic() - started < 10, "not a second for each"
-        while read():
-            pass
-        assert ask(context, endpoint, b"x") == [b"x"]
-        until(lambda: b"request 21 from" in read())
-        assert stop(server)[:2] == (0, b"x\n" * 21)
+        server.signal(signal.SIGTERM)
+        assert server.wait() in (1, -signal.SIGTERM)
+        assert time.monotonic() - started < 5
     finally:
         os.close(reading)
         os.close(writing)

@@ -77,7 +77,7 @@ def test_a_second_signal_ends_it_at_once_with_all_that_its_command_has_started(
     server.signal(signal.SIGINT)
     server.wait_for_notice(re.escape(STOPPING))
     server.signal(signal.SIGTERM)
-    assert server.popen.wait(LIMIT) == -signal.SIGTERM
+    assert server.popen.wait(LIMIT) == 128 + signal.SIGTERM
     until(lambda: not any(is_running(int(child)) for child in children))
 
 
@@ -115,7 +115,7 @@ def test_two_signals_in_the_same_instant_end_it_without_a_traceback(serve: Serve
     server.signal(signal.SIGSTOP)
     for number in (*pair, signal.SIGCONT):
         server.signal(number)
-    assert server.wait() in (0, -pair[0], -pair[1])
+    assert server.wait() in (0, 128 + pair[0], 128 + pair[1])
     assert set(server.notices) <= {f"zmqmsg: listening on {endpoint}", "zmqmsg: 0 requests served", "(end)"}
 
 
@@ -138,9 +138,9 @@ def test_children_of_an_ignored_sigchld_keep_their_exit_status(context: Context,
 
 
 def test_a_command_that_leaves_its_output_open_is_told_as_that(context: Context, serve: Serve) -> None:
-    server, endpoint = serve("--exec", "echo done; sleep 1.5 &")
+    server, endpoint = serve("--exec", "echo done; sleep 6 &")
     assert ask(context, endpoint, b"x") == [b"done\n"]
-    assert "left running keeps its output open" in server.wait_for_notice("the command has ended, but .*/dev/null &")[0]
+    server.wait_for_notice("the command, or something that it has started, still goes on after 5 s, .*/dev/null &")
 
 
 @LINUX

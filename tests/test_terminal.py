@@ -20,7 +20,7 @@ import zmq
 
 from zmqmsg.sockets import Context, Socket
 
-from conftest import LIMIT, LINUX, Process, Serve, Start, free_endpoint, memory, open_server, until
+from conftest import LIMIT, LINUX, Process, Serve, Start, memory, open_server, until
 
 CTRL_C, CTRL_D, CTRL_Z = b"\x03", b"\x04", b"\x1a"
 HIDDEN_CURSOR = b"\x1b[?25l"
@@ -243,21 +243,6 @@ def test_a_person_who_types_gets_a_hint_and_replies_and_ends_with_ctrl_d(
     terminal.type(b"no newline" + CTRL_D + CTRL_D)
     assert client.wait() == 0
     assert terminal.read_rest() == b"no newline\n"
-
-
-def test_who_types_is_told_what_send_waits_for_before_the_first_line(
-    start: Start, serve: Serve, terminal: Terminal
-) -> None:
-    endpoint = free_endpoint()
-    start("send", "--connect", endpoint, env=PLAIN, **terminal.all())
-    terminal.read_until(HINT)
-    since = time.monotonic()
-    terminal.read_until(f"waiting for {endpoint}: connection refused".encode())
-    assert time.monotonic() - since < 5  # two seconds, on a machine that is not busy
-    serve("--bind", endpoint)
-    terminal.read_until(b"connected to")
-    terminal.type(b"hello\n")
-    terminal.read_until(b"hello\n")
 
 
 @pytest.mark.parametrize(

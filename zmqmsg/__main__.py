@@ -1,9 +1,9 @@
 """What the console script ``zmqmsg`` and ``python -m zmqmsg`` run."""
 
 import gc
+import os
+import signal
 import sys
-
-from zmqmsg.signals import end_at_once_by_default
 
 
 def main() -> None:
@@ -15,15 +15,36 @@ def main() -> None:
 
     from zmqmsg.cli import cli
     from zmqmsg.console import show_error
+    from zmqmsg.system import SHORTAGES
 
     try:
-        sys.exit(cli.main(prog_name="zmqmsg", standalone_mode=False))
+        # By default, click for Windows takes *, ? and %VAR% in the arguments for patterns of file names and variables.
+        sys.exit(cli.main(prog_name="zmqmsg", standalone_mode=False, windows_expand_args=False))
     except click.ClickException as error:
         show_error(error)
         sys.exit(error.exit_code)
     except MemoryError:
         show_error(click.ClickException("out of memory"))
         sys.exit(1)
+    except OSError as error:
+        if error.errno not in SHORTAGES:
+            raise
+        show_error(click.ClickException(f"{error.strerror}: raise the limit, for example with: ulimit -n 256"))
+        sys.exit(1)
+
+
+def end_at_once_by_default() -> None:
+    """Let signals end the process as they end any other: a shell shows 130 after Ctrl-C, and a loop around it stops.
+
+    A signal that is ignored, as Ctrl-C is in a background job of a shell, stays ignored.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if os.getpid() == 1:
+        # In a container without an init. The kernel drops what has the default action.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, lambda number, _frame: os._exit(128 + number))
 
 
 if __name__ == "__main__":

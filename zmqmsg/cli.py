@@ -35,20 +35,6 @@ class Option(click.Option):
         return [""] if self.multiple and value == [] else value
 
 
-class Commands(click.Group):
-    """Says of an option before the command that it belongs after it."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        try:
-            return super().parse_args(ctx, args)
-        except click.NoSuchOption as error:
-            for name, command in self.commands.items():
-                if any(error.option_name in option.opts for option in command.params):
-                    where = f"{error.option_name} goes after the command, as in: zmqmsg {name} {error.option_name}"
-                    raise click.UsageError(where, ctx) from None
-            raise
-
-
 class Parsed(click.ParamType[Any]):
     """A value that ``parse`` understands; it raises ValueError with a message for the user."""
 
@@ -77,13 +63,6 @@ def parse_size(text: str) -> int:
     if size < LEAST_SIZE:
         raise ValueError(f"'{text}' is not a size such as 65536, 64M or 1G, and {LEAST_SIZE} at least")
     return size
-
-
-def parse_number(text: str, *, least: int) -> int:
-    """Return a whole number of ``least`` or more. click's IntRange says "-1 is not in the range x>=0"."""
-    if not re.fullmatch("[0-9]{1,18}", text) or int(text) < least:
-        raise ValueError(f"'{text}' is not a whole number of {least} or more")
-    return int(text)
 
 
 def parse_seconds(text: str) -> float:
@@ -116,21 +95,8 @@ def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -
         ctx.exit()
 
 
-DESCRIPTORS = 16
-"""File descriptors that a command needs beside its standard streams; libzmq aborts where it gets none."""
-
-
 def _run(command: str, options: dict[str, Any]) -> None:
     """Do what ``command`` does. It is imported only now: --help and completion need no zmq."""
-    pipes: list[int] = []
-    try:
-        while len(pipes) < DESCRIPTORS:
-            pipes += os.pipe()
-    except OSError as error:
-        raise click.ClickException(f"{error.strerror}: raise the limit, for example with: ulimit -n 256") from error
-    finally:
-        for descriptor in pipes:
-            os.close(descriptor)
     run = import_module(f"zmqmsg.{command}").run
     # main() has switched the garbage collector off: it would go through all that is imported, again and again.
     gc.freeze()
@@ -139,7 +105,6 @@ def _run(command: str, options: dict[str, Any]) -> None:
 
 
 @click.group(
-    cls=Commands,
     context_settings={"auto_envvar_prefix": "ZMQMSG", "help_option_names": ["-h", "--help"], "max_content_width": 80},
     epilog="README.md has recipes, keys step by step, and completion for bash, zsh and fish.",
 )
@@ -167,8 +132,6 @@ def cli() -> None:
 
 BIND_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=True))
 CONNECT_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=False))
-ZERO_OR_MORE = Parsed("number", partial(parse_number, least=0))
-ONE_OR_MORE = Parsed("number", partial(parse_number, least=1))
 SECONDS = Parsed("seconds", parse_seconds)
 SIZE = Parsed("bytes", parse_size)
 KEY_FILE = FilePath(dir_okay=False)
@@ -213,7 +176,7 @@ _key = option("--key", type=KEY_FILE, help="Your CURVE secret key file; created 
     envvar="ZMQMSG_SERVE_FILTER",
     help="Start the shell COMMAND once; it reads each request as a line, and answers with a line.",
 )
-@option("-n", "--count", type=ONE_OR_MORE, metavar="N", help="Stop after N requests.")
+@option("-n", "--count", type=click.IntRange(min=1), metavar="N", help="Stop after N requests.")
 @option("-q", "--quiet", is_flag=True, help="Do not print requests.")
 @option("-v", "--verbose", is_flag=True, help="Report who asked, how much, and how long the answer took.")
 @_null
@@ -267,7 +230,7 @@ def serve(**options: Any) -> None:
 @option(
     "-r",
     "--retries",
-    type=ZERO_OR_MORE,
+    type=click.IntRange(min=0),
     metavar="N",
     default=3,
     show_default=True,

@@ -2,17 +2,20 @@
 
 import errno
 import io
+import math
 import os
-import select
+import re
 import stat
 import sys
-from collections.abc import Generator, Iterable, Iterator, Sequence
+import time
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import suppress
-from typing import IO, Any, NamedTuple, TextIO, TypeVar, cast
+from typing import IO, Any, NamedTuple, TextIO, cast
 
 import click
 
 from zmqmsg.quoting import escape, escape_line, quote, unquote
+from zmqmsg.system import COLOURS, END_OF_INPUT, LINES_END_WITH_CR_LF, READER_GONE, write_parts
 
 CHUNK = 65536
 """Bytes read at a time, and from which on frames are not joined to be written at once."""
@@ -20,22 +23,13 @@ CHUNK = 65536
 LONG_INPUT = 65536
 """Bytes of redirected standard input from which on there is a progress bar."""
 
-SILENCE = 0.5
-"""Seconds without input after which whoever reads messages can do something else."""
-
 NOTICE_DELAY = 1.0
 """Seconds of waiting before the user is told what for."""
 
-STALL = 1.0
-"""Seconds after which an output counts as one that nobody reads."""
+RETRY_INTERVAL = 0.01
+"""Seconds from one try to the next at a non-blocking stream that is not ready."""
 
-HIDE_CURSOR = "\033[?25l"
-
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-"""Errors of the system that may be over soon: no descriptors, processes or memory."""
-
-
-T = TypeVar("T")
+CURSOR_SEQUENCES = re.compile(r"\033\[\?25[lh]")
 
 
 class Failure(click.ClickException):
@@ -45,12 +39,14 @@ class Failure(click.ClickException):
 class Form(NamedTuple):
     """How messages look as bytes: as they are, or as quoted lines.
 
-    ``separator`` ends a message in the input; ``terminator`` goes after each frame in the output.
+    ``separator`` ends a message in the input, where a CR before it belongs to it if ``cr_lf``; ``terminator`` goes
+    after each frame in the output.
     """
 
     separator: bytes
     terminator: bytes
     quoted: bool
+    cr_lf: bool
 
     @classmethod
     def choose(cls, *, null: bool, quoted: bool, raw: bool) -> "Form":
@@ -59,7 +55,11 @@ class Form(NamedTuple):
         if len(chosen) > 1:
             raise click.UsageError(f"{' and '.join(chosen)} cannot be used together")
         end = b"\0" if null else b"\n"
-        return cls(end, b"" if raw else end, quoted)
+        return cls(end, b"" if raw else end, quoted, cr_lf=LINES_END_WITH_CR_LF and not (null or quoted))
+
+    def strip_cr(self, line: bytes) -> bytes:
+        """Return a line, which was read up to the separator, without a CR that belongs to its end."""
+        return line.removesuffix(b"\r") if self.cr_lf else line
 
     def decode(self, message: bytes) -> list[bytes]:
         """Return the frames of a message that was read, without its separator; raise ValueError if it is malformed."""
@@ -73,33 +73,53 @@ class Form(NamedTuple):
             raise click.UsageError(f"in '{argument}': {error}") from error
 
 
+def write_all(stream: Any, *parts: Any) -> None:
+    """Write ``parts``, bytes or buffers, to an unbuffered stream, by one system call if that takes all of them.
+
+    Raises BrokenPipeError if the reader is gone, OSError if writing fails otherwise.
+    """
+    left = [memoryview(part) for part in parts if part]
+    try:
+        while left:
+            written = write_parts(stream, left)
+            if written is None:
+                time.sleep(RETRY_INTERVAL)
+                continue
+            while left and written >= len(left[0]):
+                written -= len(left.pop(0))
+            if left:
+                left[0] = left[0][written:]
+    except OSError as error:
+        if error.errno in READER_GONE:
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error
+        raise
+
+
 # Standard error
 
 
 class _StandardError(io.TextIOBase):
     """Standard error, unbuffered, for notices and click's progress bar. It never fails.
 
-    If nobody reads for a second, text is dropped until somebody does: a terminal that is stopped by Ctrl-S must not
-    keep a signal from ending us. What a buffer could not write would fail again at Python's end, with status 120.
+    What a buffer could not write would fail again at Python's end, with status 120.
     """
 
     line_begun = False
-    _stalled = False
+    writing_since = math.inf
 
     def isatty(self) -> bool:
         return _is_terminal(sys.stderr)
 
     def write(self, text: str) -> int:
         # A signal may end the process at any time, and would leave a hidden cursor behind.
-        data = text.replace(HIDE_CURSOR, "").encode(
+        data = CURSOR_SEQUENCES.sub("", text).encode(
             getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"
         )
-        stream = _raw(sys.stderr)
-        with suppress(OSError):
-            self._stalled = not (stream and select.select([], [stream], [], 0 if self._stalled else STALL)[1])
-            if not self._stalled:
-                stream.write(data)
-                self.line_begun = not text.endswith("\n")
+        self.writing_since = time.monotonic()
+        with suppress(OSError, AttributeError):  # the latter where it was closed from the start
+            _raw(sys.stderr).write(data)
+        self.writing_since = math.inf
+        self.line_begun = not text.endswith("\n")
         return len(text)
 
 
@@ -109,10 +129,15 @@ _standard_error = _StandardError()
 def notify(text: str, colour: str = "cyan") -> None:
     """Write a notice to standard error: one line, with whatever it quotes escaped."""
     line = "zmqmsg: " + escape_line(text)
-    if _standard_error.isatty() and not os.environ.get("NO_COLOR"):
+    if _has_colours():
         line = line.replace("zmqmsg:", click.style("zmqmsg:", fg=colour), 1)
     # Below the progress bar, if there is one.
     _standard_error.write("\n" * _standard_error.line_begun + line + "\n")
+
+
+def _has_colours() -> bool:
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return COLOURS and not plain and _standard_error.isatty()
 
 
 def show_error(error: click.ClickException) -> None:
@@ -130,163 +155,107 @@ def show_error(error: click.ClickException) -> None:
 
 
 class Output:
-    """Standard output, for messages alone: each is written at once, as bytes or, on a terminal, as readable text."""
+    """Standard output, for messages alone: each is written at once, as bytes or, on a terminal, as readable text.
+
+    ``writing_since``: when the current write began, by ``time.monotonic()``; infinity if there is none.
+    """
 
     def __init__(self, form: Form) -> None:
         """Write messages in ``form``."""
+        self.writing_since = math.inf
         self._form = form
         self._stream = _raw(sys.stdout)
-        self._terminal = _is_terminal(sys.stdout)
-        self._piece = self._choose_piece()
-        self._unwritten: list[Any] = []
-        self._told = False
+        self._readable = form.quoted or _is_terminal(sys.stdout)
 
-    def add(self, frames: Sequence[Any]) -> None:
-        """Take ``frames``, one or more, which are bytes or have them in a buffer, for the next ``flush()``."""
-        if self._form.quoted or self._terminal:
-            frames = [self._make_readable([bytes(frame) for frame in frames])]
-        terminator = self._form.terminator
-        if len(frames) == 1 and len(frames[0]) >= CHUNK:
-            self._unwritten = [part for part in (frames[0], terminator) if part]
-        else:
-            self._unwritten = [terminator.join([*frames, b""])]
-
-    def flush(self) -> bool:
-        """Write what was added; return False if nobody has read for a second, and some of it is still to be written.
+    def write(self, frames: Sequence[Any]) -> None:
+        """Write a message of ``frames``, one or more, which are bytes or have them in a buffer.
 
         Raises BrokenPipeError if the reader is gone, Failure if writing fails otherwise.
         """
+        if self._readable:
+            frames = [self._make_readable([bytes(frame) for frame in frames])]
+        terminator = self._form.terminator
         try:
             if self._stream is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-            while self._unwritten:
-                data = self._unwritten[0]
-                if self._piece:
-                    if not self._is_writable():
-                        return False
-                    data = memoryview(data)[: self._piece]
-                written = self._stream.write(data) or 0  # None is EAGAIN of a non-blocking descriptor
-                if written == len(self._unwritten[0]):
-                    del self._unwritten[0]
-                else:
-                    self._unwritten[0] = memoryview(self._unwritten[0])[written:]
+            self.writing_since = time.monotonic()
+            # One call for all of a message: other programs may append to the same file.
+            if len(frames) == 1 and len(frames[0]) >= CHUNK:
+                write_all(self._stream, frames[0], terminator)
+            else:
+                write_all(self._stream, terminator.join([*frames, b""]))
+        except BrokenPipeError:
+            raise
         except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise
             raise Failure(f"cannot write to standard output: {error.strerror}") from error
-        return True
-
-    def _choose_piece(self) -> int:
-        """Return how many bytes a writable stream takes for sure; 0 for a file, which takes all.
-
-        Writing more could block for as long as nobody reads. A terminal's buffer grows in steps of 256 bytes.
-        """
-        if self._terminal:
-            return 256
-        if self._stream is None:
-            return 0
-        mode = os.fstat(self._stream.fileno()).st_mode
-        return select.PIPE_BUF if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else 0
-
-    def _is_writable(self) -> bool:
-        if select.select([], [self._stream], [], STALL)[1]:
-            return True
-        if not self._told:
-            notify("standard output is not being read; waiting until it is", "yellow")
-            self._told = True
-        return False
+        finally:
+            self.writing_since = math.inf
 
     def _make_readable(self, frames: Sequence[bytes]) -> bytes:
         return quote(frames) if self._form.quoted or len(frames) > 1 else escape(frames[0])
 
 
+def is_stalled(output: Output | None, now: float) -> bool:
+    """Return whether a write to ``output``, or else to standard error, has lasted for a second."""
+    return now - (output or _standard_error).writing_since >= NOTICE_DELAY
+
+
 # Messages
 
 
-def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: Form) -> Generator[list[bytes] | None]:
+def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: Form) -> Generator[list[bytes]]:
     """Yield the frames of each message: ``arguments``, then the contents of ``files`` (``-``: standard input).
 
-    With neither, yield those of the lines of standard input, in the given form, each as soon as it is complete. Yield
-    None for each half second in which standard input is silent. Raises Failure for what cannot be read. Close the
-    generator to end the progress bar.
+    With neither, yield those of the lines of standard input, in the given form, each as soon as it is complete. Raises
+    Failure for what cannot be read. Close the generator to end the progress bar.
     """
     yield from arguments
     for file in files:
-        for chunks in collect(_read(sys.stdin) if file == "-" else _read_file(file)):
-            yield None if chunks is None else [b"".join(chunks)]
+        yield [b"".join(_read_standard_input() if file == "-" else _read_file(file))]
     if not arguments and not files:
         if _is_terminal(sys.stdin):
-            notify("reading messages, one per line; press Ctrl-D to finish")
-        number = 0
-        for line in _show_progress(_split(_read(sys.stdin), form.separator)):
-            if line is None:
-                yield None
-            else:
-                number += 1
-                yield _decode_line(line, number, form) if form.quoted else [line]
+            notify(f"reading messages, one per line; press {END_OF_INPUT} to finish")
+        lines = _show_progress(_split_lines(_read_standard_input(), form))
+        for number, line in enumerate(lines, start=1):
+            try:
+                yield form.decode(line)
+            except ValueError as error:
+                raise Failure(f"line {number} of standard input: {error}") from error
 
 
-def _decode_line(line: bytes, number: int, form: Form) -> list[bytes]:
+def _read_file(file: str) -> Iterator[bytes]:
     try:
-        return form.decode(line)
-    except ValueError as error:
-        raise Failure(f"line {number} of standard input: {error}") from error
-
-
-def _read_file(file: str) -> Iterator[bytes | None]:
-    try:
-        # The ordinary open of a FIFO would wait for its writer.
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
-        with open(descriptor, "rb") as opened:
-            waiting = False
-            for chunk in _read(opened, file):
-                if chunk is None and not waiting:
-                    notify(f"waiting for what is written to {file}")
-                    waiting = True
-                yield chunk
+        with open(file, "rb", buffering=0) as opened:
+            yield from _read_chunks(opened)
     except OSError as error:
         raise Failure(f"cannot read {file}: {error.strerror}") from error
 
 
-def collect(items: Iterable[T | None]) -> Iterator[list[T] | None]:
-    """Yield None for each None in ``items``, and at the end a list of all others."""
-    collected = []
-    for item in items:
-        if item is None:
-            yield None
-        else:
-            collected.append(item)
-    yield collected
-
-
-def _read(stream: IO[Any] | None, name: str = "standard input") -> Iterator[bytes | None]:
-    """Yield what can be read from ``stream`` as soon as it can, and None for each half second without anything."""
-    raw = _raw(stream)
+def _read_standard_input() -> Iterator[bytes]:
     try:
-        if raw is None:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        while True:
-            while not select.select([raw], [], [], SILENCE)[0]:
-                yield None
-            chunk = raw.read(CHUNK)
-            if chunk == b"":
-                return
-            if chunk:  # None is EAGAIN: another reader of a non-blocking descriptor was faster
-                yield chunk
+        yield from _read_chunks(_raw(sys.stdin))
     except OSError as error:
-        raise Failure(f"cannot read {name}: {error.strerror}") from error
+        raise Failure(f"cannot read standard input: {error.strerror}") from error
 
 
-def _split(chunks: Iterator[bytes | None], end: bytes) -> Iterator[bytes | None]:
-    """Yield what stands between one ``end`` and the next, where the last one may be missing; pass None on."""
+def _read_chunks(stream: Any) -> Iterator[bytes]:
+    """Yield what can be read from an unbuffered stream, as soon as it can."""
+    if stream is None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+    while (chunk := stream.read(CHUNK)) != b"":
+        if chunk is None:  # non-blocking, and nothing there, or another reader was faster
+            time.sleep(RETRY_INTERVAL)
+        else:
+            yield chunk
+
+
+def _split_lines(chunks: Iterator[bytes], form: Form) -> Iterator[bytes]:
+    """Yield what stands between one separator and the next, where the last one may be missing."""
     parts: list[bytes] = []
     for chunk in chunks:
-        if chunk is None:
-            yield None
-            continue
-        *complete, tail = chunk.split(end)
+        *complete, tail = chunk.split(form.separator)
         for line in complete:
-            yield b"".join([*parts, line]) if parts else line
+            yield form.strip_cr(b"".join([*parts, line]) if parts else line)
             parts = []
         if tail:
             parts.append(tail)
@@ -294,7 +263,7 @@ def _split(chunks: Iterator[bytes | None], end: bytes) -> Iterator[bytes | None]
         yield b"".join(parts)
 
 
-def _show_progress(lines: Iterator[bytes | None]) -> Iterator[bytes | None]:
+def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
     """Yield ``lines``, with click's progress bar where a person waits for a long redirected file to be sent."""
     length = _redirected_bytes()
     if length < LONG_INPUT or not _is_terminal(sys.stderr) or _is_terminal(sys.stdout):
@@ -304,8 +273,7 @@ def _show_progress(lines: Iterator[bytes | None]) -> Iterator[bytes | None]:
     with click.progressbar(length=length, file=file, update_min_steps=length // 200) as bar:
         for line in lines:
             yield line
-            if line is not None:
-                bar.update(len(line) + 1)
+            bar.update(len(line) + 1)
 
 
 def _redirected_bytes() -> int:

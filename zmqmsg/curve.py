@@ -4,7 +4,6 @@ import errno
 import math
 import os
 import re
-import select
 import shlex
 import stat
 import struct
@@ -12,15 +11,15 @@ import time
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from threading import Thread
 from typing import NamedTuple
 
 import click
 import zmq
 from zmq.utils import z85
 
-from zmqmsg.console import SHORTAGES, notify
+from zmqmsg.console import notify
 from zmqmsg.sockets import Context, Socket, new_socket
+from zmqmsg.system import SHORTAGES, others_may_read, start_thread
 
 KEY_FILE_LIMIT = 65536
 """Bytes that a key file may have."""
@@ -72,7 +71,7 @@ class CurveKeys(NamedTuple):
 # What the options ask for
 
 
-def load_client_keys(key: str | None, server_key: str | None) -> CurveKeys:
+def load_keys_as_client(key: str | None, server_key: str | None) -> CurveKeys:
     """Return the keys of a client that talks to the holder of ``server_key`` alone.
 
     Without ``key`` it has a key pair of this run only. Raises UsageError, naming the file, if anything is wrong.
@@ -83,7 +82,7 @@ def load_client_keys(key: str | None, server_key: str | None) -> CurveKeys:
     return CurveKeys(public, secret, load_public_key(server_key))
 
 
-def load_server_keys(key: str, client_keys: str | None) -> CurveKeys:
+def load_keys_as_server(key: str, client_keys: str | None) -> CurveKeys:
     """Return the keys of a server that lets in the clients whose keys are at ``client_keys``; None: everybody.
 
     Raises UsageError, naming the file, if anything is wrong.
@@ -104,9 +103,7 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
     public, secret, status = _load(path, fifo=True)
     if not secret:
         raise click.UsageError(f"{path} is a public key; pass the secret key file")
-    # As PostgreSQL has it: a container's orchestrator mounts secrets for a group.
-    forbidden = 0o037 if status.st_uid == 0 != os.geteuid() else 0o077
-    if status.st_mode & forbidden:
+    if others_may_read(status):
         raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {shlex.quote(path)}")
     if stat.S_ISREG(status.st_mode) and not os.path.lexists(public_path(path)):
         with suppress(click.UsageError):  # it is not needed here
@@ -135,7 +132,7 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
     ``fifo``: whether it may be a FIFO, which is waited for. Raises UsageError, from an OSError if it cannot be read.
     """
     try:
-        data, status = _read(path, fifo=fifo)
+        data, status = _read_key_file(path, fifo=fifo)
     except OSError as error:
         raise click.UsageError(f"cannot read key file {path}: {error.strerror}") from error
     halves = dict(reversed(_HALF.findall(data))) or {b"public": data.strip()}
@@ -149,25 +146,23 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
     return public, secret or b"", status
 
 
-def _read(path: str, *, fifo: bool) -> tuple[bytes, os.stat_result]:
-    # A FIFO without a writer would keep the ordinary open waiting, also where a file was swapped for one just now.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    try:
-        status = os.fstat(descriptor)
-        if not (stat.S_ISREG(status.st_mode) or (fifo and stat.S_ISFIFO(status.st_mode))):
-            raise click.UsageError(f"{path} is not a CURVE key file: it is not a regular file")
+def _read_key_file(path: str, *, fifo: bool) -> tuple[bytes, os.stat_result]:
+    """Return the contents and the status of the one file that is opened here; raise UsageError or OSError."""
+    _check_kind(path, os.stat(path), fifo=fifo)  # before it is opened, which would wait for the writer of a FIFO
+    with open(path, "rb", buffering=0) as file:
+        status = os.fstat(file.fileno())
+        _check_kind(path, status, fifo=fifo)
         data = b""
-        poll = select.poll()
-        poll.register(descriptor, select.POLLIN)
-        if not poll.poll(1000):
-            notify(f"waiting for the key that is written to {path}")
-        while len(data) <= KEY_FILE_LIMIT and poll.poll() and (more := os.read(descriptor, KEY_FILE_LIMIT)):
+        while len(data) <= KEY_FILE_LIMIT and (more := file.read(KEY_FILE_LIMIT)):
             data += more
-    finally:
-        os.close(descriptor)
     if len(data) > KEY_FILE_LIMIT:
         raise click.UsageError(f"{path} is not a CURVE key file: it is too large")
     return data, status
+
+
+def _check_kind(path: str, status: os.stat_result, *, fifo: bool) -> None:
+    if not (stat.S_ISREG(status.st_mode) or (fifo and stat.S_ISFIFO(status.st_mode))):
+        raise click.UsageError(f"{path} is not a CURVE key file: it is not a regular file")
 
 
 def _create(path: str) -> bool:
@@ -222,8 +217,8 @@ class ClientKeys:
         if not os.path.exists(path):
             raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
         self._path = path
-        self._signature: Signature = ()
-        self._files: dict[str, tuple[Signature, bytes | None]] = {}
+        self._fingerprint: Fingerprint = ()
+        self._files: dict[str, tuple[Fingerprint, bytes | None]] = {}
         self._paths: dict[bytes, str] = {}
         self._complete = False  # whether all could be read in the last scan
         self._next_scan = -math.inf
@@ -240,7 +235,7 @@ class ClientKeys:
         Raises OSError if that cannot be known just now.
         """
         path = self._paths.get(public)
-        if path and _sign(path) == self._files[path][0]:
+        if path and _fingerprint_of(path) == self._files[path][0]:
             return os.path.basename(path)
         if path or self._has_changed() or time.monotonic() >= self._next_scan:
             self._scan()
@@ -252,16 +247,16 @@ class ClientKeys:
     def _has_changed(self) -> bool:
         """Return whether a file has come or gone, or one that was no key has changed: it may have been half written."""
         keyless = (path for path, (_, key) in self._files.items() if not key)
-        looked_at = {self._path: self._signature} | {path: self._files[path][0] for path in islice(keyless, 16)}
-        return any(_sign(path) != signature for path, signature in looked_at.items())
+        looked_at = {self._path: self._fingerprint} | {path: self._files[path][0] for path in islice(keyless, 16)}
+        return any(_fingerprint_of(path) != fingerprint for path, fingerprint in looked_at.items())
 
     def _scan(self) -> None:
         started = time.monotonic()
         self._complete = False
         try:
             # What changes after this line is seen the next time.
-            self._signature = _sign(self._path)
-            files = {path: self._read(path, _sign(path)) for path in self._list()}
+            self._fingerprint = _fingerprint_of(self._path)
+            files = {path: self._read(path, _fingerprint_of(path)) for path in self._list()}
             self._complete = None not in files.values()
             self._files = {path: file for path, file in files.items() if file}
             self._paths = {key: path for path, (_, key) in self._files.items() if key}
@@ -278,32 +273,33 @@ class ClientKeys:
         except FileNotFoundError:
             return []
 
-    def _read(self, path: str, signature: "Signature") -> tuple["Signature", bytes | None] | None:
-        """Return the signature of a file and its key, if it is one; None if that cannot be known just now."""
-        if not signature:  # it has just been removed
+    def _read(self, path: str, fingerprint: "Fingerprint") -> tuple["Fingerprint", bytes | None] | None:
+        """Return the fingerprint of a file and its key, if it is one; None if that cannot be known just now."""
+        if not fingerprint:  # it has just been removed
             return (), None
-        if path in self._files and self._files[path][0] == signature:
+        if path in self._files and self._files[path][0] == fingerprint:
             return self._files[path]
         try:
-            return signature, load_public_key(path, fifo=False)
+            return fingerprint, load_public_key(path, fifo=False)
         except click.UsageError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno in SHORTAGES:
                 return None
             notify(f"{error.message}; it lets nobody in", "yellow")
-            return signature, None
+            return fingerprint, None
 
 
-Signature = tuple[int, ...]
+Fingerprint = tuple[int, ...]
 
 
-def _sign(path: str) -> Signature:
+def _fingerprint_of(path: str) -> Fingerprint:
     """Return what changes whenever the contents of the file or directory do; nothing if it is not there."""
     try:
         status = os.stat(path)
     except OSError:
         return ()
-    return status.st_ino, status.st_size, status.st_ctime_ns
+    # On Windows, ctime is the time of creation; elsewhere, mtime can be set back.
+    return status.st_ino, status.st_size, status.st_ctime_ns, status.st_mtime_ns
 
 
 class _Refusals:
@@ -342,7 +338,7 @@ def start_zap_handler(context: Context, clients: ClientKeys) -> None:
             while True:
                 handler.send_multipart(_judge(handler.recv_multipart(), clients, refusals))
 
-    Thread(target=answer, name="ZAP", daemon=True).start()
+    start_thread(answer)
 
 
 def _judge(request: list[bytes], clients: ClientKeys, refusals: _Refusals) -> list[bytes]:

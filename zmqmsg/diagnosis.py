@@ -4,10 +4,14 @@ Everything here is asked of the peer or of the system; nothing is deduced from w
 ZMTP, the protocol, is described at https://rfc.zeromq.org/spec/23 (3.0), /15 (2.0) and /13 (1.0).
 """
 
-from collections.abc import Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+import math
+import time
+from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from zmqmsg.quoting import abridge
+from zmqmsg.system import start_thread, unix_family
 
 if TYPE_CHECKING:
     from socket import socket  # otherwise for names and in trouble only: to import it takes 3 ms
@@ -15,8 +19,11 @@ if TYPE_CHECKING:
 GREETING_DELAY = 5.0
 """Seconds after which a peer that has not greeted is likely to be no ZeroMQ, or hung."""
 
-LIMIT = 60.0
-"""Seconds in which a peer has to take the next step before the look ends."""
+STEP_LIMIT = 60.0
+"""Seconds in which a peer has to take the next step before the probe ends."""
+
+PROBE_INTERVAL = 1.0
+"""Seconds between the end of a probe and the next one."""
 
 CONNECT_LIMIT = 10.0
 """Seconds in which one of several addresses has to accept a connection."""
@@ -31,9 +38,11 @@ GREETING_REST = b"NULL".ljust(20, b"\0") + bytes(32)
 OLD_TYPES = ("PAIR", "PUB", "SUB", "REQ", "REP", "DEALER", "ROUTER", "PULL", "PUSH", "XPUB", "XSUB")
 """The socket types of ZMTP 2, in the order of their numbers."""
 
+T = TypeVar("T")
+
 
 class Finding(NamedTuple):
-    """What a look has found.
+    """What a probe has found.
 
     ``reason`` completes "waiting for ENDPOINT: ...", and is empty if nothing is wrong. ``hopeless``: waiting does not
     help. ``old``: the peer speaks ZMTP 1 or 2, whose handshake libzmq does not report.
@@ -47,6 +56,70 @@ class Finding(NamedTuple):
 NOTHING_WRONG = Finding("")
 
 
+class Background(Generic[T]):
+    """An iterator that runs in a daemon thread, as a name server or a peer may hold it up for as long as it likes.
+
+    ``latest``: what it has yielded last. ``began`` and ``ended``: when, in seconds; infinity if it has not ended.
+    """
+
+    def __init__(self, iterator: Iterator[T]) -> None:
+        """Start to run ``iterator``."""
+        self.latest: T | None = None
+        self.began = time.monotonic()
+        self.ended = math.inf
+        self._iterator = iterator
+        try:
+            start_thread(self._run)
+        except OSError:  # whoever wants the answer asks again
+            self.ended = self.began
+
+    def _run(self) -> None:
+        # Without descriptors nothing can be imported; whoever wants the answer asks again.
+        with suppress(OSError, ImportError, LookupError):
+            for latest in self._iterator:
+                self.latest = latest
+        self.ended = time.monotonic()
+
+
+class Probe:
+    """Finds out, again and again, what stands in the way at an endpoint.
+
+    ``finding``: the latest word that counts.
+    """
+
+    def __init__(self, diagnose: Callable[[], Iterator[Finding]], first: float, delay: float) -> None:
+        """Prepare to run ``diagnose`` at ``first``, by ``time.monotonic()``.
+
+        What it finds on the way counts after ``delay`` seconds: only then it is held up there.
+        """
+        self.finding: Finding | None = None
+        self._diagnose = diagnose
+        self._due = first
+        self._delay = delay
+        self._current: Background[Finding] | None = None
+        self._found_by: Background[Finding] | None = None
+
+    @property
+    def ended(self) -> float:
+        """When the latest probe ended; infinity if it has not, or if there was none."""
+        return self._current.ended if self._current else math.inf
+
+    def update(self, now: float) -> None:
+        """Begin to probe if that is due, and take note of what was found."""
+        if now >= (self.ended + PROBE_INTERVAL if self._current else self._due):
+            self._current = Background(self._diagnose())
+        elif self._current and (self.ended <= now or now - self._current.began >= self._delay):
+            self.finding = self._current.latest
+            self._found_by = self._current
+
+    def found_old_peer_since(self, connected_at: float) -> bool:
+        """Return whether a probe that began after ``connected_at`` has found a usable peer of ZMTP 1 or 2."""
+        found = self.finding
+        if not (found and self._found_by):
+            return False
+        return found.old and not found.hopeless and self._found_by.began > connected_at
+
+
 def resolve(endpoint: str) -> list[tuple[int, Any]]:
     """Return the address family and the address of each socket that may be meant by ``endpoint``, IPv4 first.
 
@@ -56,7 +129,7 @@ def resolve(endpoint: str) -> list[tuple[int, Any]]:
 
     scheme, _, rest = endpoint.partition("://")
     if scheme == "ipc":
-        return [(socket.AF_UNIX, f"\0{rest[1:]}" if rest.startswith("@") else rest)]
+        return [(unix_family(), f"\0{rest[1:]}" if rest.startswith("@") else rest)]
     host, _, port = rest.rpartition(":")
     found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     addresses = [(int(family), address) for family, _, _, _, address in found]
@@ -76,12 +149,12 @@ def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
     ]
 
 
-def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool) -> Iterator[Finding]:
+def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, was_ready: bool) -> Iterator[Finding]:
     """Yield where the way to a peer at ``endpoint`` stands, step by step; the last finding is final.
 
-    ``wanted``: the types that its socket may have. ``curve``: whether we use CURVE. ``known``: whether a good peer has
-    been there, so that the port is certainly right. Each step takes as long as the peer or the system likes, within
-    ``LIMIT`` seconds; name resolution has no limit.
+    ``wanted``: the types that its socket may have. ``curve``: whether we use CURVE. ``was_ready``: whether a good peer
+    has been there, so that the port is certainly right. Each step takes as long as the peer or the system likes, within
+    ``STEP_LIMIT`` seconds; name resolution has no limit.
     """
     yield Finding("resolving the name takes long")
     host = endpoint.removeprefix("tcp://").rpartition(":")[0]
@@ -103,12 +176,12 @@ def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, known: bool
         try:
             peer.sendall(SIGNATURE)
             try:
-                heard = read_first_words(peer, GREETING_DELAY)
+                received = read_first_bytes(peer, GREETING_DELAY)
             except TimeoutError:
-                likely = "the server may be hung" if known else "wrong port, or a hung server?"
+                likely = "the server may be hung" if was_ready else "wrong port, or a hung server?"
                 yield Finding(f"connected, but no ZeroMQ greeting yet; {likely}")
-                heard = read_first_words(peer, LIMIT)
-            yield from read_answer(peer, heard, wanted, curve=curve)
+                received = read_first_bytes(peer, STEP_LIMIT)
+            yield from read_answer(peer, received, wanted, curve=curve)
         except TimeoutError:
             return
         except OSError:
@@ -124,10 +197,10 @@ def connect_to_any(addresses: list[tuple[int, Any]]) -> "socket":
         peer = None
         try:
             peer = socket.socket(family, socket.SOCK_STREAM)
-            peer.settimeout(LIMIT if len(addresses) == 1 else CONNECT_LIMIT)
+            peer.settimeout(STEP_LIMIT if len(addresses) == 1 else CONNECT_LIMIT)
             peer.connect(address)
             # TCP can connect to a free port from that very port.
-            if family != socket.AF_UNIX and peer.getsockname() == peer.getpeername():
+            if family != unix_family() and peer.getsockname() == peer.getpeername():
                 raise ConnectionRefusedError("Connection refused")
         except OSError as error:
             failures.append(error)
@@ -138,45 +211,45 @@ def connect_to_any(addresses: list[tuple[int, Any]]) -> "socket":
     raise failures[0]
 
 
-def read_first_words(peer: "socket", limit: float) -> bytes:
+def read_first_bytes(peer: "socket", limit: float) -> bytes:
     """Return what a peer says first: a whole signature, a whole greeting of ZMTP 1, or something else.
 
     Raises TimeoutError if nothing has come within ``limit`` seconds.
     """
     peer.settimeout(limit)
-    heard = read(peer, b"", 1)
-    peer.settimeout(LIMIT)
-    if heard[:1] == SIGNATURE[:1]:
-        return read(peer, heard, len(SIGNATURE))
+    received = read(peer, b"", 1)
+    peer.settimeout(STEP_LIMIT)
+    if received[:1] == SIGNATURE[:1]:
+        return read(peer, received, len(SIGNATURE))
     # ZMTP 1 begins with a frame: the length of what follows, flags (0), and an identity.
-    if heard[1:2] in (b"", b"\0"):
-        return read(peer, heard, 1 + heard[0])
-    return heard
+    if received[1:2] in (b"", b"\0"):
+        return read(peer, received, 1 + received[0])
+    return received
 
 
-def read_answer(peer: "socket", heard: bytes, wanted: Collection[str], *, curve: bool) -> Iterator[Finding]:
-    """Go on after the peer has said ``heard``, and yield what it is.
+def read_answer(peer: "socket", received: bytes, wanted: Collection[str], *, curve: bool) -> Iterator[Finding]:
+    """Go on after the peer has said ``received``, and yield what it is.
 
     libzmq hangs up on a whole greeting with another mechanism before it shows its own, and JeroMQ 0.3 on any whole
     greeting. So each part is sent only when the peer has said enough.
     """
-    if heard[:1] != SIGNATURE[:1] and heard[1:2] == b"\0" and len(heard) == 1 + heard[0]:
+    if received[:1] != SIGNATURE[:1] and received[1:2] == b"\0" and len(received) == 1 + received[0]:
         yield judge_old("ZMTP 1", "", wanted, curve=curve)
         return
-    if heard[:1] != SIGNATURE[:1] or heard[9:10] != SIGNATURE[9:]:
-        yield Finding(f"it does not speak ZeroMQ; it says {abridge(heard)}", hopeless=True)
+    if received[:1] != SIGNATURE[:1] or received[9:10] != SIGNATURE[9:]:
+        yield Finding(f"it does not speak ZeroMQ; it says {abridge(received)}", hopeless=True)
         return
 
     yield Finding("connected, but the ZeroMQ handshake is not finished yet")
     peer.sendall(GREETING_VERSION)
-    heard = read(peer, heard, 12)
-    if heard[10] < 3:
-        socket_type = OLD_TYPES[heard[11]] if heard[10] and heard[11] < len(OLD_TYPES) else ""
+    received = read(peer, received, 12)
+    if received[10] < 3:
+        socket_type = OLD_TYPES[received[11]] if received[10] and received[11] < len(OLD_TYPES) else ""
         yield judge_old("ZMTP 2", socket_type, wanted, curve=curve)
         return
 
-    heard = read(peer, heard, 64)
-    mechanism = heard[12:32].rstrip(b"\0").decode(errors="backslashreplace")
+    received = read(peer, received, 64)
+    mechanism = received[12:32].rstrip(b"\0").decode(errors="backslashreplace")
     if mechanism != ("CURVE" if curve else "NULL"):
         yield Finding(WRONG_MECHANISM.get(mechanism, f"it requires {mechanism}, which zmqmsg does not speak"), True)
         return
@@ -185,27 +258,27 @@ def read_answer(peer: "socket", heard: bytes, wanted: Collection[str], *, curve:
         return
 
     peer.sendall(GREETING_REST)
-    yield judge_type(read_socket_type(peer, heard), wanted)
+    yield judge_type(read_socket_type(peer, received), wanted)
 
 
-def read_socket_type(peer: "socket", heard: bytes) -> str:
+def read_socket_type(peer: "socket", received: bytes) -> str:
     """Return the Socket-Type that the peer names in its READY command, which follows the 64 bytes of its greeting.
 
     It is empty if the peer says something else, such as the ERROR of an authentication that failed, which libzmq
     reports.
     """
-    heard = read(peer, heard, 66)
-    length = heard[65]
-    if heard[64] & 2:  # a long command
-        length = int.from_bytes(read(peer, heard, 73)[65:73])
-    heard = read(peer, heard, 66 + min(length, 1024))
-    value = heard[64:].partition(b"\x0bSocket-Type")[2]
+    received = read(peer, received, 66)
+    length = received[65]
+    if received[64] & 2:  # a long command
+        length = int.from_bytes(read(peer, received, 73)[65:73])
+    received = read(peer, received, 66 + min(length, 1024))
+    value = received[64:].partition(b"\x0bSocket-Type")[2]
     return value[4 : 4 + int.from_bytes(value[:4])].decode(errors="backslashreplace")
 
 
 WRONG_MECHANISM = {
     "CURVE": "it requires CURVE; pass --server-key",
-    "NULL": "it does not use CURVE; leave --server-key out",
+    "NULL": "it does not use CURVE: is it the right server?",
 }
 
 
@@ -223,13 +296,13 @@ def judge_type(socket_type: str, wanted: Collection[str]) -> Finding:
     return Finding(f"it is a {socket_type} socket, not a {' or '.join(wanted)}", hopeless=True)
 
 
-def read(peer: "socket", heard: bytes, size: int) -> bytes:
-    """Return ``heard`` and what comes after it, ``size`` bytes at least; raise OSError if they do not come."""
-    while len(heard) < size:
+def read(peer: "socket", received: bytes, size: int) -> bytes:
+    """Return ``received`` and what comes after it, ``size`` bytes at least; raise OSError if they do not come."""
+    while len(received) < size:
         if not (data := peer.recv(4096)):
             raise ConnectionError
-        heard += data
-    return heard
+        received += data
+    return received
 
 
 def in_words(error: Exception) -> str:

@@ -1,7 +1,6 @@
 """``zmqmsg send``: Lazy Pirate (ZeroMQ Guide, chapter 4), with one REQ socket for each endpoint."""
 
 import math
-import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing
@@ -12,16 +11,17 @@ import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.connection import LOOK_DELAY, Connection, fail_if_hopeless, wait
-from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, collect, notify, read_messages
+from zmqmsg.connection import PROBE_DELAY, Peer, fail_without_hope, wait
+from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify, read_messages
 from zmqmsg.quoting import abridge, count_of, describe
 from zmqmsg.sockets import Context, Socket, open_socket, receive, send
+from zmqmsg.system import yield_processor
 
 SPINS = 50
 """Looks for a reply, yielding the processor before each, before going to sleep, which takes longer than a fast reply.
 They save 40 % of a round trip, and 9 % on a single core."""
 
-NOW = int(zmq.NOBLOCK)  # arithmetic with the enum itself is slow
+DO_NOT_WAIT = int(zmq.NOBLOCK)  # arithmetic with the enum itself is slow
 
 
 def run(
@@ -45,45 +45,40 @@ def run(
     arguments = [form.decode_argument(argument) for argument in message]
     apply_keys = None
     if key or server_key:
-        from zmqmsg.curve import load_client_keys  # 5 ms, for CURVE alone
+        from zmqmsg.curve import load_keys_as_client  # 5 ms, for CURVE alone
 
-        apply_keys = load_client_keys(key, server_key).apply
+        apply_keys = load_keys_as_client(key, server_key).apply
     # The shared context: pyzmq would terminate another one, and block on what is not sent yet.
     context: Context = zmq.Context.instance()
     open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, apply_keys=apply_keys)
     # Early enough for an attempt to end with what was found.
-    look_delay = min(LOOK_DELAY, (timeout or math.inf) / 4)
+    probe_delay = min(PROBE_DELAY, (timeout or math.inf) / 4)
     output = Output(form)
     with ExitStack() as stack:
-        connections = [
-            stack.enter_context(closing(Connection(endpoint, open_req, look_delay=look_delay, verbose=verbose)))
+        peers = [
+            stack.enter_context(closing(Peer(endpoint, open_req, probe_delay=probe_delay, verbose=verbose)))
             for endpoint in connect or (DEFAULT_ENDPOINT,)
         ]
-        client = Client(connections, timeout=timeout or math.inf, retries=retries)
+        client = Client(peers, timeout=timeout or math.inf, retries=retries)
         messages = stack.enter_context(closing(read_messages(arguments, file, form)))
         times = Times()
         stack.callback(times.summarize)
         reply = None
-        for frames in join(messages) if multipart else messages:
-            if frames is None:
-                client.update()
-                continue
+        for frames in join_frames(messages) if multipart else messages:
             reply = client.ask(frames)
-            output.add(reply.frames)
-            while not output.flush():
-                pass
+            output.write(reply.frames)
             if verbose:
                 times.add(reply)
         if reply is None:
             notify("nothing to send: there is no MESSAGE, and standard input is empty", "yellow")
 
 
-def join(messages: Iterable[list[bytes] | None]) -> Iterator[list[bytes] | None]:
-    """Yield the frames of all ``messages`` as one message, and None for each None before it is complete."""
-    for collected in collect(messages):
-        if collected == []:
-            raise click.UsageError("--multipart needs at least one message")
-        yield None if collected is None else [frame for message in collected for frame in message]
+def join_frames(messages: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
+    """Yield the frames of all ``messages`` as one message; raise UsageError if there are none."""
+    frames = [frame for message in messages for frame in message]
+    if not frames:
+        raise click.UsageError("--multipart needs at least one message")
+    yield frames
 
 
 class Reply(NamedTuple):
@@ -124,7 +119,7 @@ class NoReply(Failure):
     exit_code = 3
 
 
-class AttemptFailed(Exception):
+class AttemptEnded(Exception):
     """An attempt brought no reply. ``hint``: what that may mean. ``final``: whether another attempt cannot succeed."""
 
     def __init__(self, why: str, hint: str = "", *, final: bool = False) -> None:
@@ -139,7 +134,7 @@ REJECTED = "it lacks the empty frame of REQ/REP before its body, or a frame exce
 
 
 class Client:
-    """Sends requests and waits for their replies, over the connections whose peers are ready, round-robin.
+    """Sends requests and waits for their replies, over the connections to all peers that are ready, round-robin.
 
     The Guide's Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, at most N
     times. Here an attempt also ends as soon as the connection ends, so that a server that died is noticed without any
@@ -149,13 +144,13 @@ class Client:
     connection ends, only a ``timeout`` and another attempt help against that.
     """
 
-    def __init__(self, connections: Iterable[Connection], *, timeout: float = math.inf, retries: int = 3) -> None:
-        """Ask over ``connections``.
+    def __init__(self, peers: Iterable[Peer], *, timeout: float = math.inf, retries: int = 3) -> None:
+        """Ask ``peers``.
 
         ``timeout``: seconds for an attempt, from name resolution to reply. ``retries``: further attempts for each
         request.
         """
-        self._connections = list(connections)  # the one that was used last is the last one
+        self._peers = list(peers)  # the one that was used last is the last one
         self._timeout = timeout
         self._retries = retries
         self._sent = False  # whether a server may have received the current request
@@ -173,98 +168,98 @@ class Client:
             attempt += 1
             try:
                 return self._attempt(frames, time.monotonic() + self._timeout)
-            except AttemptFailed as failed:
+            except AttemptEnded as ended:
                 # A lost connection says more about the request than a later failure.
-                hint = hint if hint == CRASHED else failed.hint or hint
+                hint = hint if hint == CRASHED else ended.hint or hint
                 # If no server was ever there, another attempt would not find one either.
-                in_vain = not self._sent and not any(connection.known for connection in self._connections)
-                if failed.final or in_vain or attempt > self._retries:
+                in_vain = not self._sent and not any(peer.was_ready for peer in self._peers)
+                if ended.final or in_vain or attempt > self._retries:
                     tries = f"({count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s)"
-                    text = f"no reply to {abridge(frames[0])} {tries}: {failed}" if self._sent else f"{failed} {tries}"
-                    raise self._failure(f"{text}; {hint}" if hint else text) from None
-                notify(f"{failed}; retrying ({attempt} of {self._retries})")
+                    text = f"no reply to {abridge(frames[0])} {tries}: {ended}" if self._sent else f"{ended} {tries}"
+                    raise self._error(f"{text}; {hint}" if hint else text) from None
+                notify(f"{ended}; retrying ({attempt} of {self._retries})")
             except (Failure, MemoryError) as error:
-                raise self._failure(str(error) or "out of memory") from None
+                raise self._error(str(error) or "out of memory") from None
 
-    def _failure(self, text: str) -> Failure:
+    def _error(self, text: str) -> Failure:
         return NoReply(text) if self._sent else Failure(text)
 
-    def update(self) -> list[Connection]:
-        """Keep up with the connections, and return those whose peers are ready.
+    def update(self) -> list[Peer]:
+        """Keep up with the peers, and return those that are ready.
 
         Raises Failure if none of them can ever be ready.
         """
-        ready = [connection for connection in self._connections if connection.update()]
+        ready = [peer for peer in self._peers if peer.update()]
         if not ready:
-            fail_if_hopeless(self._connections)
+            fail_without_hope(self._peers)
         return ready
 
     def _attempt(self, frames: Sequence[bytes], deadline: float) -> Reply:
-        connection = self._wait_for_peer(deadline)
-        started = time.monotonic()
+        peer = self._wait_for_peer(deadline)
+        started = time.perf_counter()  # monotonic() has steps of 15 ms on Windows
         try:
             try:
-                send(connection.link.socket, frames, NOW)
+                send(peer.link.socket, frames, DO_NOT_WAIT)
             except zmq.Again:  # libzmq has just given the connection up, and sending would block for ever
-                raise AttemptFailed(f"connection to {connection.endpoint} lost") from None
+                raise AttemptEnded(f"connection to {peer.endpoint} lost") from None
             self._sent = True
-            if not (reply := receive_reply(connection, deadline)):
-                raise AttemptFailed(f"no reply from {connection.endpoint} within {self._timeout:g} s", UNANSWERED)
-        except AttemptFailed:
-            connection.renew()  # that takes the request back, and whatever comes late
+            if not (reply := receive_reply(peer, deadline)):
+                raise AttemptEnded(f"no reply from {peer.endpoint} within {self._timeout:g} s", UNANSWERED)
+        except AttemptEnded:
+            peer.renew()  # that takes the request back, and whatever comes late
             raise
-        return Reply(reply, connection.endpoint, time.monotonic() - started)
+        return Reply(reply, peer.endpoint, time.perf_counter() - started)
 
-    def _wait_for_peer(self, deadline: float) -> Connection:
-        """Return the connection that has not been used for longest among those that are ready; wait for one."""
+    def _wait_for_peer(self, deadline: float) -> Peer:
+        """Return the peer that has not been asked for longest among those that are ready; wait for one."""
         while True:
             if ready := self.update():
-                if len(self._connections) > 1:
-                    self._connections.remove(ready[0])
-                    self._connections.append(ready[0])
+                if len(self._peers) > 1:
+                    self._peers.remove(ready[0])
+                    self._peers.append(ready[0])
                 return ready[0]
             if time.monotonic() >= deadline:
-                endpoints = ", ".join(connection.endpoint for connection in self._connections)
-                why = "; ".join(dict.fromkeys(connection.trouble.reason for connection in self._connections))
-                for connection in self._connections:
-                    if connection.link.connected:  # and stuck in its handshake
-                        connection.renew()
-                raise AttemptFailed(f"no server at {endpoints} within {self._timeout:g} s: {why}")
-            wait(self._connections, [], deadline)
+                endpoints = ", ".join(peer.endpoint for peer in self._peers)
+                why = "; ".join(dict.fromkeys(peer.trouble.reason for peer in self._peers))
+                for peer in self._peers:
+                    if peer.link.connected:  # and stuck in its handshake
+                        peer.renew()
+                raise AttemptEnded(f"no server at {endpoints} within {self._timeout:g} s: {why}")
+            wait(self._peers, [], deadline)
 
 
-def receive_reply(connection: Connection, deadline: float) -> list[zmq.Frame]:
-    """Return the frames of the reply to a request that was just sent over ``connection``; none at ``deadline``.
+def receive_reply(peer: Peer, deadline: float) -> list[zmq.Frame]:
+    """Return the frames of the reply to a request that was just sent to ``peer``; none at ``deadline``.
 
-    Raises AttemptFailed if the connection ends.
+    Raises AttemptEnded if the connection ends.
     """
-    link = connection.link
+    link = peer.link
     if reply := _spin(link.socket):
         return reply
     notice_at = time.monotonic() + NOTICE_DELAY
     while True:
-        wait([connection], [link.socket], min(deadline, notice_at))
+        wait([peer], [link.socket], min(deadline, notice_at))
         link.read_events()
         # Before the look into the socket: a reply may have come just before the end of the connection.
         ended = link.ended
         if reply := receive(link.socket):
             return reply
         if ended and link.was_rejected():
-            raise AttemptFailed(f"the reply from {connection.endpoint} was rejected: {REJECTED}", final=True)
+            raise AttemptEnded(f"the reply from {peer.endpoint} was rejected: {REJECTED}", final=True)
         if ended:
-            raise AttemptFailed(f"connection to {connection.endpoint} lost", CRASHED)
+            raise AttemptEnded(f"connection to {peer.endpoint} lost", CRASHED)
         now = time.monotonic()
         if now >= deadline:
             return []
         if now >= notice_at:
-            notify(f"waiting for a reply from {connection.endpoint}")
+            notify(f"waiting for a reply from {peer.endpoint}")
             notice_at = math.inf
 
 
 def _spin(socket: Socket) -> list[zmq.Frame]:
     """Look for a reply without going to sleep; return its frames, or none if it is not that fast."""
     for _ in range(SPINS):
-        os.sched_yield()
+        yield_processor()
         if reply := receive(socket):
             return reply
     return []

@@ -1,25 +1,24 @@
 """``zmqmsg serve``: answers requests on a bound REP socket, and on connected ones as a worker of brokers."""
 
 import math
-import resource
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 from functools import partial
-from threading import Thread
 
 import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.answers import Answer, Unanswered, choose_answer
-from zmqmsg.connection import Connection, fail_if_hopeless, wait
-from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify
+from zmqmsg.attendant import Attendant
+from zmqmsg.connection import Peer, fail_without_hope, wait
+from zmqmsg.console import NOTICE_DELAY, Form, Output, notify
 from zmqmsg.quoting import count_of, describe
-from zmqmsg.signals import StopSignals
 from zmqmsg.sockets import ApplyKeys, Context, Socket, bound, is_local, open_socket, receive, send
+from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 
-RAPID = 20
+RECEIVE_WAIT_MS = 20
 """Milliseconds to wait for the next request in recv, which takes one system call, before polling, which takes six."""
 
 
@@ -46,34 +45,33 @@ def run(
     Raises Failure.
     """
     form = Form.choose(null=null, quoted=quoted, raw=raw)
-    stop = StopSignals()
-    answer = choose_answer(reply, command, filter_command, form, stop)
+    attendant = Attendant()
+    answer = choose_answer(reply, command, filter_command, form, attendant)
     # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
-    with suppress(OSError, ValueError):
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    raise_descriptor_limit()
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
     keys_bound, keys_connected = load_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
     # The shared context: pyzmq would terminate another one, and block on what is not sent yet.
     context: Context = zmq.Context.instance()
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
-    server = Server(answer, stop, output=None if quiet else Output(form), count=count, verbose=verbose)
+    output = None if quiet else Output(form)
+    server = Server(answer, attendant, output=output, count=count, verbose=verbose)
     with ExitStack() as stack:
-        stack.callback(flush, context, server, stop)
+        stack.callback(flush, context, server, attendant)
         listener = stack.enter_context(open_rep(apply_keys=keys_bound))
-        listener.rcvtimeo = 0 if connect else RAPID
+        listener.rcvtimeo = 0 if connect else RECEIVE_WAIT_MS
         open_worker = partial(open_rep, apply_keys=keys_connected)
-        connections = [
-            stack.enter_context(closing(Connection(endpoint, open_worker, announce=True, verbose=verbose)))
+        peers = [
+            stack.enter_context(closing(Peer(endpoint, open_worker, announce=True, verbose=verbose)))
             for endpoint in connect
         ]
         endpoints = [stack.enter_context(bound(listener, endpoint)) for endpoint in bind]
         # Binding may wait for a name server. Until then, a signal ends the process at once.
-        stop.install()
+        attendant.start(output)
         for endpoint in endpoints:
             notify_of_endpoint(endpoint, open_to_all=not client_keys)
         stack.enter_context(answer)
-        server.run([listener] if bind else [], connections)
+        server.run([listener] if bind else [], peers)
         notify(f"{count_of(server.served, 'request')} served")
 
 
@@ -91,10 +89,10 @@ def load_keys(
         raise click.UsageError("--server-key with --bind needs --key, otherwise the bound endpoint is not encrypted")
     if not (key or server_key):
         return None, None
-    from zmqmsg.curve import load_client_keys, load_server_keys  # 5 ms, for CURVE alone
+    from zmqmsg.curve import load_keys_as_client, load_keys_as_server  # 5 ms, for CURVE alone
 
-    as_server = load_server_keys(key, client_keys).apply if key and binds else None
-    return as_server, load_client_keys(key, server_key).apply if server_key else None
+    as_server = load_keys_as_server(key, client_keys).apply if key and binds else None
+    return as_server, load_keys_as_client(key, server_key).apply if server_key else None
 
 
 ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
@@ -111,20 +109,18 @@ def notify_of_endpoint(endpoint: str, *, open_to_all: bool) -> None:
         notify(f"warning: {text}", "yellow")
 
 
-def flush(context: Context, server: "Server", stop: StopSignals) -> None:
+def flush(context: Context, server: "Server", attendant: Attendant) -> None:
     """Wait until the last replies of ``server``, if there are any, are on their way, however long that takes.
 
-    TCP_MAXRT cuts off a peer that does not read. In a thread, since a signal ends pyzmq's ``term()`` early.
+    TCP_MAXRT cuts off a peer that does not read.
     """
     if not server.served:
         return
-    thread = Thread(target=context.term, daemon=True)
-    thread.start()
-    thread.join(NOTICE_DELAY)
-    if thread.is_alive():
-        how = "a second signal ends" if stop.requested else "two signals end"
-        notify(f"waiting for the last reply to reach its client; {how} it at once")
-        thread.join()
+    how = "two signals end" if attendant.requested == math.inf else "a second signal ends"
+    attendant.serving = False
+    attendant.expect(f"waiting for the last reply to reach its client; {how} it at once", NOTICE_DELAY)
+    leave_signals_to_other_threads()  # pyzmq gives term() up if a signal interrupts it
+    context.term()
 
 
 # The loop
@@ -136,26 +132,26 @@ class Server:
     def __init__(
         self,
         answer: Answer,
-        stop: StopSignals,
+        attendant: Attendant,
         *,
         output: Output | None = None,
         count: int | None = None,
         verbose: bool = False,
     ) -> None:
-        """Make replies with ``answer``, until ``stop`` is requested.
+        """Make replies with ``answer``, until the ``attendant`` requests the end.
 
         ``output`` gets each request after its reply is sent. ``count`` requests stop the loop. ``verbose``: notify the
         user of each.
         """
         self.served = 0
         self._answer = answer
-        self._stop = stop
+        self._attendant = attendant
         self._output = output
         self._count = count
         self._verbose = verbose
 
-    def run(self, bound_sockets: Sequence[Socket], connections: Sequence[Connection] = ()) -> None:
-        """Answer what comes to REP sockets, ``bound_sockets`` and those of ``connections``, until it is time to stop.
+    def run(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
+        """Answer what comes to REP sockets, ``bound_sockets`` and those of ``peers``, until it is time to stop.
 
         Raises Failure if there is nothing left to serve, if there can be no more replies, or if a request cannot be
         printed, and BrokenPipeError if its reader is gone.
@@ -163,10 +159,10 @@ class Server:
         sockets = bound_sockets
         try:
             while not self._is_over():
-                if connections:
-                    for connection in connections:
-                        connection.update()
-                    sockets = [*bound_sockets, *(connection.link.socket for connection in connections)]
+                if peers:
+                    for peer in peers:
+                        peer.update()
+                    sockets = [*bound_sockets, *(peer.link.socket for peer in peers)]
                 idle = True
                 for socket in sockets:
                     if request := receive(socket):
@@ -175,32 +171,29 @@ class Server:
                         if self._is_over():
                             break
                 if idle:
-                    if connections and not bound_sockets:
-                        fail_if_hopeless(connections)
-                    wait(connections, [*sockets, self._stop.descriptor, *self._answer.descriptors], math.inf)
+                    if peers and not bound_sockets:
+                        fail_without_hope(peers)
                     self._answer.check()
+                    wait(peers, [*sockets, *self._attendant.sources], math.inf)
         except Unanswered as unanswered:
             # A client of ours sees its connection end, and asks again.
             notify(str(unanswered), "yellow")
 
     def _is_over(self) -> bool:
-        return self._stop.requested or self.served == self._count
+        return self._attendant.requested < math.inf or self.served == self._count
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
-        started = time.monotonic() if self._verbose else 0
+        started = time.perf_counter() if self._verbose else 0  # monotonic() has steps of 15 ms on Windows
         reply = self._answer.reply_to(request)
         send(socket, reply)
         self.served += 1
         if self._verbose:
-            seconds = time.monotonic() - started
+            seconds = time.perf_counter() - started
             peer = name_peer(request[0], authenticated=bool(socket.zap_domain))
             text = f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}"
             notify(f"{text}, {seconds * 1000:.2f} ms")
         if self._output:
-            self._output.add(request)
-            while not self._output.flush():
-                if self._stop.requested:
-                    raise Failure("standard output is not being read; 1 request was answered, but not printed")
+            self._output.write(request)
 
 
 def name_peer(frame: zmq.Frame, *, authenticated: bool) -> str:

@@ -6,19 +6,19 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from threading import Thread
 from typing import Any, cast
 
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.console import Failure
+from zmqmsg.system import HAS_CONNECTION_TIMEOUT, start_thread, unix_family
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 ApplyKeys = Callable[[Socket], None]
 
-NEVER = 2**31 - 1
+NO_RECONNECT_MS = 2**31 - 1
 """Milliseconds after which libzmq may connect again by itself. Its own "never" (-1) would throw away a reply that came
 just before the end of the connection."""
 
@@ -28,9 +28,10 @@ messages takes 5 % longer; with 1, a CURVE server with a ZAP handler receives no
 
 _TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
+# libzmq's own numbers: on Windows they are not those of Python's errno.
 _REASONS = {
-    errno.EADDRINUSE: "address in use; stop the server there, or choose another address",
-    errno.EADDRNOTAVAIL: "this machine has no such address",
+    int(zmq.EADDRINUSE): "address in use; stop the server there, or choose another address",
+    int(zmq.EADDRNOTAVAIL): "this machine has no such address",
     errno.ENODEV: "this machine has no such address or interface",
     errno.ENOENT: "there is no such directory",
 }
@@ -95,14 +96,15 @@ def open_socket(
     socket.linger = linger
     socket.maxmsgsize = max_size
     socket.rcvhwm = RECEIVE_LIMIT
-    socket.reconnect_ivl = NEVER
+    socket.reconnect_ivl = NO_RECONNECT_MS
     # A peer that is gone without a FIN is found within 30 s. Heartbeats would cut off slow large messages as well:
     # libzmq takes only a whole message for a sign of life.
     socket.tcp_keepalive = 1
     socket.tcp_keepalive_idle = 10
     socket.tcp_keepalive_intvl = 5
     socket.tcp_keepalive_cnt = 3
-    socket.tcp_maxrt = 30_000
+    if HAS_CONNECTION_TIMEOUT:
+        socket.tcp_maxrt = 30_000
     # Half-open connections must not keep honest clients out.
     socket.backlog = 1024
     if apply_keys:
@@ -163,9 +165,7 @@ def _attach(attach: Callable[[str], object], socket: Socket, endpoint: str, verb
 
     if is_named(endpoint):
         # To bind a name may take as long as a name server likes, and meanwhile Python could not handle signals.
-        thread = Thread(target=run, daemon=True)
-        thread.start()
-        thread.join()
+        start_thread(run).join()
     else:
         run()
     for error in failures:
@@ -177,7 +177,7 @@ def _is_taken(path: str) -> bool:
     """Return whether there is more than a stale socket at ``path``: libzmq would unlink whatever it is."""
     import socket  # 3 ms, for servers on ipc paths alone
 
-    with suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+    with suppress(OSError), socket.socket(unix_family()) as probe:
         is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
         probe.setblocking(False)
         # Only where nobody listens is it refused; a busy server answers EAGAIN.

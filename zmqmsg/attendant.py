@@ -1,0 +1,159 @@
+"""The attendant of ``serve``: sees to stop signals, and tells of waits that last, while the main thread is blocked."""
+
+import math
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from zmqmsg.console import NOTICE_DELAY, Output, is_stalled, notify
+from zmqmsg.system import END_SIGNALS, STOP_SIGNALS, end_group, reap_orphans, start_command, start_thread
+
+if TYPE_CHECKING:
+    from socket import socket
+    from subprocess import Popen
+
+REPEAT_DELAY = 0.05
+"""Seconds in which the same signal counts once: GNU timeout sends it to its child, and then to the whole group."""
+
+LOOK_INTERVAL = 0.5
+"""Seconds from one look at what the main thread waits for to the next."""
+
+STOPPING = "stopping after the current request; a second signal ends it at once"
+UNREAD = "standard output is not being read"
+
+
+class Attendant:
+    """A daemon thread that does what the main thread cannot do in the middle of a system call.
+
+    A Python signal handler runs in the main thread, and nothing interrupts a blocking call on Windows. So the handlers
+    do nothing, and this thread reads which signals have come. The first one makes a request to stop; the second one, or
+    SIGQUIT, ends the process and the commands that it has started, at once.
+
+    ``requested``: when a stop was requested, by ``time.monotonic()``; infinity if it was not. ``serving``: whether
+    there may be requests to answer.
+    """
+
+    def __init__(self) -> None:
+        """Begin without a signal; ``start()`` lets them come."""
+        from threading import Event, Lock  # these two for serve alone
+
+        self.requested = math.inf
+        self.serving = True
+        self.sources: list[socket] = []  # readable when the main thread shall look up from a poll
+        self._output: Output | None = None
+        self._stop = Event()
+        self._first_signal = 0
+        self._commands: set[Popen[bytes]] = set()
+        self._starting = Lock()  # held while a command is started and noted
+        self._due: dict[str, float] = {}
+        self._given: set[str] = set()
+
+    def start(self, output: Output | None) -> None:
+        """Handle signals from now on, but for those that are ignored; watch whether ``output`` is read.
+
+        Raises OSError if that needs more descriptors or threads than there are.
+        """
+        from socket import socketpair
+
+        self._output = output
+        self._signals, signal_writer = socketpair()
+        reader, self._waker = socketpair()
+        for end in (signal_writer, reader, self._waker):
+            end.setblocking(False)
+        self._signals.settimeout(LOOK_INTERVAL)
+        self._signal_writer = signal_writer  # kept open
+        start_thread(self._attend)
+        self.sources = [reader]
+        for number in (*STOP_SIGNALS, *END_SIGNALS):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda _number, _frame: None)
+        signal.set_wakeup_fd(signal_writer.fileno())
+
+    # What the main thread asks for
+
+    def wake(self) -> None:
+        """Let the main thread look up from its poll."""
+        with suppress(OSError):
+            self._waker.send(b"\0")
+
+    def clear(self) -> None:
+        """Let the main thread sleep again after ``wake()``."""
+        with suppress(OSError):
+            self.sources[0].recv(4096)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a request to stop, ``seconds`` at most, and return whether there is one."""
+        return self._stop.wait(seconds)
+
+    def expect(self, notice: str, seconds: float) -> None:
+        """Give ``notice``, once in all, unless it is withdrawn within ``seconds``."""
+        self._due[notice] = time.monotonic() + seconds
+
+    def withdraw(self, notice: str) -> None:
+        """Do not give ``notice`` any more."""
+        self._due.pop(notice, None)
+
+    def start_command(self, command: str) -> "Popen[bytes]":
+        """Start a shell command that a second signal ends as well; raise OSError if that is impossible."""
+        with self._starting:
+            process = start_command(command)
+            self._commands.add(process)
+        return process
+
+    def forget(self, process: "Popen[bytes]") -> None:
+        """Leave a process alone that has ended."""
+        self._commands.discard(process)
+
+    # The thread
+
+    def _attend(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                for number in self._signals.recv(64):
+                    self._handle(number)
+            if os.getpid() == 1:
+                with self._starting:
+                    reap_orphans({process.pid for process in self._commands})
+            self._look()
+
+    def _handle(self, number: int) -> None:
+        now = time.monotonic()
+        if number in END_SIGNALS:
+            self._end(128 + number)
+        elif not self._stop.is_set():
+            self._first_signal = number
+            self.requested = now
+            if self.serving:
+                self.expect(STOPPING, NOTICE_DELAY)
+            self._stop.set()
+            self.wake()
+        elif number != self._first_signal or now - self.requested >= REPEAT_DELAY:
+            self._end(128 + number)
+
+    def _look(self) -> None:
+        """Give the notices that are due; end the process if it is to stop, and waits for somebody to read."""
+        now = time.monotonic()
+        unread = bool(self._output and is_stalled(self._output, now))
+        if self._stop.is_set() and unread:
+            self._give(f"{UNREAD}; 1 request was answered, but not printed", "red")
+        if self._stop.is_set() and (unread or is_stalled(None, now)):
+            self._end(1)
+        if unread:
+            self._due.setdefault(f"{UNREAD}; waiting until it is", now)
+        for notice, due in tuple(self._due.items()):
+            if due <= now and notice not in self._given:
+                self._given.add(notice)
+                self._give(notice, "yellow")
+
+    def _give(self, notice: str, colour: str) -> None:
+        """Notify the user, unless standard error blocks as well: a second signal must be seen all the same."""
+        with suppress(OSError):
+            start_thread(lambda: notify(notice, colour)).join(LOOK_INTERVAL)
+
+    def _end(self, status: int) -> None:
+        self._starting.acquire(timeout=1)
+        for process in tuple(self._commands):
+            end_group(process)
+        os._exit(status)

@@ -1,0 +1,179 @@
+"""What differs between Linux, macOS and Windows. The rest of the program never asks where it runs.
+
+The meaning of each name is documented once; how a system provides it stands below that.
+"""
+
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from subprocess import Popen  # otherwise for commands only: it takes 4 ms
+    from threading import Thread
+
+WINDOWS = sys.platform == "win32"
+
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
+"""Errors of the system that may be over soon: no descriptors, processes, threads or memory."""
+
+LINES_END_WITH_CR_LF = WINDOWS
+"""Whether programs here end lines with CR LF."""
+
+END_OF_INPUT = "Ctrl-Z and Enter" if WINDOWS else "Ctrl-D"
+"""What ends the input that is typed at a terminal."""
+
+READER_GONE = (errno.EPIPE, errno.EINVAL) if WINDOWS else (errno.EPIPE,)
+"""Errors of writing to a pipe that nobody will read any more."""
+
+HAS_CONNECTION_TIMEOUT = not WINDOWS
+"""Whether TCP_MAXRT may be set. Windows gives up after 21 s by itself, and Wine hangs libzmq's thread with it."""
+
+COLOURS = not WINDOWS
+"""Whether any terminal takes the usual sequences for colours. The old console of Windows shows them as text."""
+
+if sys.platform == "win32":
+    STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
+    END_SIGNALS: tuple[signal.Signals, ...] = ()
+    yield_processor: Callable[[], None] = partial(time.sleep, 0)
+else:
+    STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    END_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGQUIT,)
+    yield_processor: Callable[[], None] = os.sched_yield
+# STOP_SIGNALS ask a server to stop; END_SIGNALS end it at once. yield_processor() lets another thread or process run.
+
+MOST_DESCRIPTORS = (65536, 10240)
+"""Limits to try, the highest one first. macOS names no hard limit, but accepts 10,240 at most on some versions."""
+
+WRITEV_LIMIT = 1 << 30
+"""Bytes that one writev may have: macOS refuses 2 GiB."""
+
+
+def raise_descriptor_limit() -> None:
+    """Let the process open as many files and sockets as it may, 65,536 at most."""
+    if sys.platform != "win32":
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for limit in MOST_DESCRIPTORS:
+            wanted = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+            if soft == resource.RLIM_INFINITY or soft >= wanted:
+                return
+            with suppress(OSError, ValueError):
+                resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+                return
+
+
+def others_may_read(status: os.stat_result) -> bool:
+    """Return whether others than its owner may read the file with ``status``. Windows has no such modes.
+
+    The group of a file that belongs to root is accepted, as PostgreSQL accepts it: a container's orchestrator mounts
+    secrets for a group.
+    """
+    if sys.platform == "win32":
+        return False
+    return bool(status.st_mode & (0o037 if status.st_uid == 0 != os.geteuid() else 0o077))
+
+
+def unix_family() -> int:
+    """Return the family of Unix sockets, which ``ipc`` endpoints use; -1 where Python has none."""
+    import socket
+
+    if sys.platform == "win32":
+        return -1
+    return int(socket.AF_UNIX)
+
+
+def write_parts(stream: Any, parts: Sequence[Any]) -> int | None:
+    """Write ``parts``, in one system call where there is one for that; return how many bytes were written.
+
+    ``stream`` is unbuffered. Returns None if it is non-blocking and takes nothing now; raises OSError.
+    """
+    if sys.platform != "win32" and len(parts) > 1 and len(parts[0]) < WRITEV_LIMIT:
+        with suppress(BlockingIOError):
+            return os.writev(stream.fileno(), parts)
+        return None
+    written: int | None = stream.write(parts[0])
+    return written
+
+
+# Threads and processes
+
+
+def start_thread(run: Callable[[], object]) -> "Thread":
+    """Start a daemon thread; raise OSError, as for anything else that is short, where Python raises RuntimeError."""
+    from threading import Thread
+
+    thread = Thread(target=run, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError:
+        raise OSError(errno.EAGAIN, "no more threads can be started") from None
+    return thread
+
+
+def keep_exit_statuses() -> None:
+    """Let the exit statuses of child processes be known, where our parent ignores those of its own."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def start_command(command: str) -> "Popen[bytes]":
+    """Start ``command`` with the system's shell; its standard input and output are unbuffered pipes.
+
+    It is in a group of its own: what is typed at our terminal, and a signal to our group, do not reach it. Raises
+    OSError.
+    """
+    from subprocess import PIPE, Popen
+
+    if sys.platform == "win32":
+        from subprocess import CREATE_NEW_PROCESS_GROUP
+
+        return Popen(command, shell=True, bufsize=0, stdin=PIPE, stdout=PIPE, creationflags=CREATE_NEW_PROCESS_GROUP)
+    return Popen(command, shell=True, bufsize=0, stdin=PIPE, stdout=PIPE, start_new_session=True)
+
+
+def end_group(process: "Popen[bytes]") -> None:
+    """Kill a process that ``start_command`` has started, and all that it has started.
+
+    On Linux that includes process groups of their own, as GNU timeout makes one.
+    """
+    if sys.platform == "win32":
+        from subprocess import DEVNULL, run
+
+        with suppress(OSError):
+            run(["taskkill", "/F", "/T", "/PID", str(process.pid)], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+        with suppress(OSError):
+            process.kill()  # Wine 8 has no /T
+    else:
+        with suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        with suppress(OSError):
+            for name in filter(str.isdigit, os.listdir("/proc")):
+                with suppress(OSError):
+                    if os.getsid(int(name)) == process.pid:
+                        os.kill(int(name), signal.SIGKILL)
+
+
+def reap_orphans(children: Collection[int]) -> None:
+    """Reap what ended commands have left running and has ended since: for process 1 of a container, nobody else does.
+
+    ``children``: the ids of processes that somebody waits for.
+    """
+    if sys.platform == "linux":
+        with suppress(ChildProcessError):
+            while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                if ended.si_pid in children:
+                    return
+                os.waitpid(ended.si_pid, 0)
+
+
+def leave_signals_to_other_threads() -> None:
+    """Let signals not interrupt what the calling thread does from now on."""
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
