@@ -27,6 +27,8 @@ from zmqmsg.sockets import Context, Socket, bound, open_socket
 
 COMMAND = [sys.executable, "-m", "zmqmsg"]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
+WINDOWS = pytest.mark.skipif(sys.platform != "win32", reason="needs Windows")
+POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX: its shell, signals, pipes or Unix sockets")
 soak = pytest.mark.soak
 LIMIT = 20
 """Seconds after which something that should have happened will not."""
@@ -37,12 +39,26 @@ def pytest_configure(config: pytest.Config) -> None:
         compileall.compile_dir(Path(zmqmsg.__file__).parent, quiet=1)
     # A shell has its background jobs ignore Ctrl-C, and nohup hangups, and all that they start would do so as well.
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if sys.platform != "win32":
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 Start = Callable[..., "Process"]
 Serve = Callable[..., tuple["Process", str]]
 Send = Callable[..., subprocess.CompletedProcess[bytes]]
+
+
+def press_ctrl_c(popen: "subprocess.Popen[bytes]") -> None:
+    """Start the thread in a process of Windows that Ctrl-C would start in it, since there may be no console."""
+    import ctypes
+
+    kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
+    pointer = ctypes.c_void_p
+    kernel.GetModuleHandleW.restype = kernel.GetProcAddress.restype = kernel.CreateRemoteThread.restype = pointer
+    kernel.GetProcAddress.argtypes = [pointer, ctypes.c_char_p]
+    kernel.CreateRemoteThread.argtypes = [pointer, pointer, ctypes.c_size_t, pointer, pointer, ctypes.c_uint, pointer]
+    routine = kernel.GetProcAddress(kernel.GetModuleHandleW("kernelbase"), b"CtrlRoutine")
+    kernel.CreateRemoteThread(int(popen._handle), None, 0, routine, 0, 0, None)  # type: ignore[attr-defined]
 
 
 class Process:
@@ -61,7 +77,7 @@ class Process:
         assert self.popen.stderr
         for line in self.popen.stderr:
             with self._more:
-                self.notices.append(line.decode().removesuffix("\n"))
+                self.notices.append(line.decode(errors="replace").removesuffix("\n"))
                 self._more.notify_all()
         with self._more:
             self.notices.append("(end)")
@@ -95,8 +111,11 @@ class Process:
         return self.popen.stdout.readline().removesuffix(b"\n")
 
     def signal(self, number: int) -> None:
-        """Send the process a signal."""
-        self.popen.send_signal(number)
+        """Send the process a signal; on Windows, whatever asks it to stop is Ctrl-C, as typed in its console."""
+        if sys.platform == "win32" and number in (signal.SIGINT, signal.SIGTERM):
+            press_ctrl_c(self.popen)
+        else:
+            self.popen.send_signal(number)
 
     def wait(self, limit: float = LIMIT) -> int:
         """Return the exit status, once the process has ended and all its notices are read."""
@@ -383,3 +402,11 @@ def processor_time(pid: int) -> float:
     """Return the seconds of processor time that the process has used."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def is_running(pid: int) -> bool:
+    """Return whether there is such a process, and it has not ended."""
+    with suppress(OSError):
+        os.kill(pid, 0)
+        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    return False

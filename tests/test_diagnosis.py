@@ -1,9 +1,9 @@
 """What a look finds at an endpoint: peers that speak by hand, sockets of libzmq, and nobody."""
 
 import os
-import resource
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -17,6 +17,9 @@ from zmqmsg.sockets import Context
 from conftest import listening, open_server
 from zmtp import OTHER_PROTOCOLS, Talk, command, echo_as_zmtp_1, echo_as_zmtp_2, greeting, say, say_and_hang_up
 from zmtp import shake_hands as greet_as
+
+with suppress(ImportError):  # Windows has none
+    import resource
 
 SIGNATURE = greeting()[:10]
 WANTED = ("REP", "ROUTER")

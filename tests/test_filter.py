@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,9 @@ from hypothesis import strategies as st
 
 from zmqmsg.sockets import Context
 
-from conftest import LIMIT, Process, Send, Serve, Start, soak, until
+from conftest import LIMIT, POSIX, Process, Send, Serve, Start, is_running, soak, until
+
+pytestmark = POSIX
 
 PYTHON = f"{sys.executable} -u -c 'for line in open(0): print(line[::-1].strip())'"
 COUNTER = 'n=0; while read -r line; do n=$((n+1)); echo "$n $line"; done'
@@ -174,12 +175,6 @@ def test_a_late_second_line_is_no_reply_to_a_later_request(serve: Serve, send: S
 # Stopping
 
 
-def is_gone(pid: int) -> bool:
-    with suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
-    return True
-
-
 def started(server: Process) -> list[int]:
     """Return the ids of the processes that a filter has told of."""
     return [int(pid) for pid in server.wait_for_notice(r"^\d+( \d+)*$")[0].split()]
@@ -191,7 +186,7 @@ def test_a_signal_ends_the_filter_by_the_end_of_its_input_and_then_by_force(serv
     pids = started(server)
     server.signal(signal.SIGTERM)
     assert server.finish()[0] == 0
-    until(lambda: all(map(is_gone, pids)))
+    until(lambda: not any(map(is_running, pids)))
 
 
 def test_the_first_signal_waits_for_the_reply_and_the_second_ends_all_at_once(serve: Serve, start: Start) -> None:
@@ -202,7 +197,7 @@ def test_the_first_signal_waits_for_the_reply_and_the_second_ends_all_at_once(se
     server.wait_for_notice("stopping after the current request; a second signal ends it at once")
     server.signal(signal.SIGINT)
     assert server.wait() == 128 + signal.SIGINT
-    until(lambda: all(map(is_gone, pids)))
+    until(lambda: not any(map(is_running, pids)))
 
 
 def test_a_filter_that_is_stopped_together_with_us_is_no_failure(serve: Serve) -> None:

@@ -1,6 +1,5 @@
 import random
 import re
-import resource
 import signal
 import socket
 import struct
@@ -34,6 +33,9 @@ from conftest import (
     until,
 )
 from zmtp import command, frame, greeting, ready, request
+
+with suppress(ImportError):  # Windows has none
+    import resource
 
 pytestmark = LINUX
 

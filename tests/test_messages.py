@@ -2,13 +2,12 @@
 
 import os
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from fcntl import ioctl
 from pathlib import Path
-from termios import FIONREAD
 
 import pytest
 import zmq
@@ -18,6 +17,10 @@ from hypothesis import strategies as st
 from zmqmsg.sockets import Context
 
 from conftest import COMMAND, LIMIT, LINUX, Process, Send, Serve, Start, memory, open_server, until
+
+with suppress(ImportError):  # Windows has none
+    from fcntl import ioctl
+    from termios import FIONREAD
 
 NOBODY = "tcp://127.0.0.1:1"
 NO_SPACE = "zmqmsg: cannot write to standard output: No space left on device"
@@ -126,7 +129,7 @@ def test_an_empty_message_is_one_and_leaves_standard_input_unread(echo: str, sen
     assert (done.returncode, done.stdout) == (0, b"\n")
 
 
-NOT_ROOT = pytest.mark.skipif(os.geteuid() == 0, reason="root may read any file")
+NOT_ROOT = pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may read any file")
 
 
 @pytest.mark.parametrize("name", ["missing", ".", "", pytest.param("secret", marks=NOT_ROOT)])

@@ -12,9 +12,11 @@ from typing import IO
 
 import pytest
 
-from conftest import LIMIT, address, free_endpoint, until
+from conftest import LIMIT, POSIX, address, free_endpoint, until
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+pytestmark = POSIX
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^##? (.*?)\n(.*?)(?=^## |\Z)", README, re.MULTILINE | re.DOTALL))
 STRICT = "-e -u -o pipefail"
 BLOCK = re.compile(r"^```(\S+ \S+|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

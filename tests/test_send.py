@@ -14,7 +14,6 @@ from contextlib import ExitStack, closing, suppress
 from functools import partial
 from pathlib import Path
 
-import pyomq
 import pytest
 import zmq
 
@@ -100,6 +99,7 @@ def test_a_plain_socket_of_pyzmq_is_a_server(context: Context, start: Start, soc
 
 
 def test_a_rep_socket_of_pyomq_is_a_server(start: Start) -> None:
+    pyomq = pytest.importorskip("pyomq")
     with pyomq.Context() as context, context.socket(pyomq.REP) as server:
         port = server.bind_to_random_port("tcp://127.0.0.1")
         sender = start("send", "--connect", f"tcp://127.0.0.1:{port}", "ping")

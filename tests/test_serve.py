@@ -12,7 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import pyomq
 import pytest
 import zmq
 
@@ -56,6 +55,7 @@ def test_a_request_of_a_plain_req_socket_is_printed(
 
 def test_a_req_socket_of_pyomq_is_served(serve: Serve) -> None:
     server, endpoint = serve("--count", "1")
+    pyomq = pytest.importorskip("pyomq")
     with pyomq.Context() as context, context.socket(pyomq.REQ) as client:
         client.connect(endpoint)
         client.send(b"hello")

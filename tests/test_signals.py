@@ -2,20 +2,40 @@
 
 import os
 import re
-import resource
 import signal
 import time
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from zmqmsg.sockets import Context
+from zmqmsg.system import STOP_SIGNALS
 
-from conftest import LIMIT, LINUX, Send, Serve, Start, ask, descriptors, free_endpoint, shell, stop, until
+from conftest import (
+    LIMIT,
+    LINUX,
+    POSIX,
+    Send,
+    Serve,
+    Start,
+    ask,
+    descriptors,
+    free_endpoint,
+    is_running,
+    shell,
+    stop,
+    until,
+)
+
+with suppress(ImportError):  # Windows has none
+    import resource
+
+pytestmark = POSIX
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_ends_an_idle_server_and_leaves_no_ipc_file_behind(
     serve: Serve, send: Send, tmp_path: Path, number: int
 ) -> None:
@@ -41,7 +61,7 @@ def test_a_signal_that_is_ignored_from_the_start_stays_ignored(context: Context,
 STOPPING = "zmqmsg: stopping after the current request; a second signal ends it at once"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_the_first_signal_lets_the_current_request_be_answered(
     serve: Serve, start: Start, tmp_path: Path, number: int
 ) -> None:
@@ -56,13 +76,6 @@ def test_the_first_signal_lets_the_current_request_be_answered(
     assert client.finish()[:2] == (0, b"half\nand half\n")
     status, output, notices = server.finish()
     assert (status, output, notices[-1]) == (0, b"x\n", "zmqmsg: 1 request served")
-
-
-def is_running(pid: int) -> bool:
-    with suppress(ProcessLookupError):
-        os.kill(pid, 0)
-        return "\nState:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    return False
 
 
 @LINUX
@@ -109,7 +122,7 @@ def test_a_whole_reply_of_a_command_that_ends_as_if_by_a_signal_is_sent(serve: S
     assert server.finish()[:2] == (0, b"x\n")
 
 
-@pytest.mark.parametrize("pair", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGHUP)])
+@pytest.mark.parametrize("pair", list(pairwise(STOP_SIGNALS)))
 def test_two_signals_in_the_same_instant_end_it_without_a_traceback(serve: Serve, pair: tuple[int, int]) -> None:
     server, endpoint = serve()
     server.signal(signal.SIGSTOP)

@@ -7,11 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
-import termios
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from fcntl import ioctl
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,9 @@ import zmq
 from zmqmsg.sockets import Context, Socket
 
 from conftest import LIMIT, LINUX, Process, Serve, Start, memory, open_server, until
+
+termios = pytest.importorskip("termios", reason="needs POSIX: pseudo-terminals")
+ioctl = pytest.importorskip("fcntl").ioctl
 
 CTRL_C, CTRL_D, CTRL_Z = b"\x03", b"\x04", b"\x1a"
 HIDDEN_CURSOR = b"\x1b[?25l"

@@ -1,5 +1,6 @@
 """How ``serve`` gets its replies: an echo, a fixed text, a command for each request, or a filter that stays."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
@@ -68,7 +69,7 @@ class Text(Answer):
 
 
 def choose_answer(
-    reply: str | None, command: str | None, filter_command: str | None, form: Form, attendant: Attendant
+    reply: str | None, command: str | None, filter_command: str | None, form: Form, attendant: Attendant, max_size: int
 ) -> Answer:
     """Return what makes the replies; raise UsageError if the options contradict each other."""
     options = {"--reply": reply, "--exec": command, "--filter": filter_command}
@@ -79,9 +80,9 @@ def choose_answer(
         if name != "--reply" and not (options[name] or "").strip():
             raise click.UsageError(f"{name} needs a command, for example {name} cat")
     if command is not None:
-        return Command(command, form, attendant)
+        return Command(command, form, attendant, max_size)
     if filter_command is not None:
-        return Filter(filter_command, form, attendant)
+        return Filter(filter_command, form, attendant, max_size)
     return Answer() if reply is None else Text(form.decode_argument(reply))
 
 
@@ -94,9 +95,11 @@ class Process:
     ``idle``: whether nothing that it prints is expected, so that the main thread must be woken.
     """
 
-    def __init__(self, command: str, attendant: Attendant) -> None:
-        """Start ``command``; raise OSError if something for that is lacking."""
+    def __init__(self, command: str, attendant: Attendant, limit: int) -> None:
+        """Start ``command``, which may print ``limit`` bytes; raise OSError if something for that is lacking."""
         self.idle = False
+        self.printed = 0  # bytes, to be set to 0 whenever it may print as many again
+        self._limit = limit
         self._attendant = attendant
         self._popen = attendant.start_command(command)
         self._stdin, self._stdout = cast("IO[bytes]", self._popen.stdin), cast("IO[bytes]", self._popen.stdout)
@@ -113,9 +116,18 @@ class Process:
             chunk = b""  # also the end of a pipe that fails
             with suppress(OSError):
                 chunk = self._stdout.read(CHUNK)
+            self.printed += len(chunk)
+            if self.exceeded:  # here, since the main thread may wait for it to read
+                end_group(self._popen)
+                chunk = b""
             self._printed.put(chunk)
             if self.idle:
                 self._attendant.wake()
+
+    @property
+    def exceeded(self) -> bool:
+        """Whether it has printed too much, and was killed for that."""
+        return self.printed > self._limit
 
     def write(self, data: bytes) -> None:
         """Write all of ``data`` to its input; raise OSError if it takes no more."""
@@ -164,11 +176,16 @@ class Program(Answer):
     it, and the second signal ends all of it.
     """
 
-    def __init__(self, command: str, form: Form, attendant: Attendant) -> None:
-        """Use the shell command ``command``, for messages in ``form``, until the ``attendant`` asks for the end."""
+    def __init__(self, command: str, form: Form, attendant: Attendant, max_size: int = -1) -> None:
+        """Use the shell command ``command``, for messages in ``form``, until the ``attendant`` asks for the end.
+
+        ``max_size``: bytes that a reply may have, before it is quoted; -1: any number.
+        """
         self._command = command
         self._form = form
         self._attendant = attendant
+        # An escape has four characters, and a line has an end.
+        self._limit = max_size * (4 if form.quoted else 1) + 1 if max_size >= 0 else sys.maxsize
         self._given: set[str] = set()
         import subprocess  # noqa: F401  (now, while there are descriptors)
 
@@ -178,7 +195,7 @@ class Program(Answer):
         """Start the command, trying again while something for it is lacking; raise Failure or Unanswered if not."""
         while True:
             try:
-                return Process(self._command, self._attendant)
+                return Process(self._command, self._attendant, self._limit)
             except OSError as error:
                 reason = f"cannot start the command: {error.strerror}"
                 if error.errno not in SHORTAGES:
@@ -191,6 +208,12 @@ class Program(Answer):
         if notice not in self._given:
             self._given.add(notice)
             notify(notice, "yellow")
+
+    def _fail_if_exceeded(self, process: Process) -> None:
+        if process.exceeded:
+            raise Failure(
+                "the command printed more than --max-size allows; it was stopped, and the request not answered"
+            )
 
     def _was_stopped(self, status: int) -> bool:
         """Return whether a program that ended with ``status`` was killed by a signal that also stops us.
@@ -236,6 +259,7 @@ class Command(Program):
         status = process.wait() or 0
         self._attendant.withdraw(GOES_ON)
         process.close()
+        self._fail_if_exceeded(process)
         if status:
             notify(f"the command {describe_status(status)}", "yellow")
         if self._was_stopped(status):
@@ -271,6 +295,7 @@ class Filter(Program):
             self._notify_once("a request with the end of a line in it got an empty reply; use --quoted to pass it on")
             return [b""]
         self._process.idle = False
+        self._process.printed = 0
         self._attendant.expect(SILENT, NOTICE_DELAY)
         answer = self._exchange(line + end, end)
         self._attendant.withdraw(SILENT)
@@ -308,6 +333,7 @@ class Filter(Program):
         )
 
     def _fail_for_end(self) -> NoReturn:
+        self._fail_if_exceeded(self._process)
         status = self._process.wait(END_LIMIT)
         if status is None:
             raise Failure("the filter closed its input or output, so there can be no more replies")

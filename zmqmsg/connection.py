@@ -47,7 +47,7 @@ ENDED = HANDSHAKE_FAILED | CONNECT_RETRIED | int(zmq.EVENT_DISCONNECTED | zmq.EV
 NO_ANSWER = Finding("no answer yet")
 UNFINISHED = Finding("connected, but the ZeroMQ handshake is not finished yet")
 HANDSHAKE_FAILING = Finding("connected, but the ZeroMQ handshake fails")
-CURVE_FAILING = Finding("CURVE handshake failing; check --server-key")
+CURVE_FAILING = Finding("CURVE handshake failing; check --server-key, or the server cannot check clients just now")
 NOT_LET_IN = Finding("it refused: the server does not let us in", hopeless=True)
 KEY_NOT_KNOWN = Finding("it refused: the server does not know this key", hopeless=True)
 # Statuses of ZAP, ZeroMQ's authentication protocol (RFC 27): a temporary error, and an internal one.

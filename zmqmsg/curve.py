@@ -302,25 +302,29 @@ def _fingerprint_of(path: str) -> Fingerprint:
     return status.st_ino, status.st_size, status.st_ctime_ns, status.st_mtime_ns
 
 
-class _Refusals:
-    """Tells of clients that are refused: of each once in a while, and not of too many."""
+class RefusedClients:
+    """Tells of clients that do not get in: of each once in a while, and not of too many."""
 
     def __init__(self) -> None:
-        self._told: dict[tuple[bytes, bytes], float] = {}
+        self._given: dict[tuple[str, str], float] = {}
         self._hidden_since = -math.inf
 
-    def report(self, address: bytes, public: bytes) -> None:
+    def report(self, address: str, notice: str) -> None:
+        """Give ``notice`` of a client at ``address``."""
         now = time.monotonic()
-        self._told = {client: since for client, since in self._told.items() if now - since < REFUSAL_INTERVAL}
-        if (address, public) in self._told:
+        self._given = {client: since for client, since in self._given.items() if now - since < REFUSAL_INTERVAL}
+        if (address, notice) in self._given:
             return
-        if len(self._told) < REFUSAL_LIMIT:
-            self._told[address, public] = now
-            where = address.decode(errors="backslashreplace")
-            notify(f"refused a client from {where}: its public key {public.decode()} is not known", "yellow")
+        if len(self._given) < REFUSAL_LIMIT:
+            self._given[address, notice] = now
+            notify(notice, "yellow")
         elif now - self._hidden_since >= REFUSAL_INTERVAL:
             self._hidden_since = now
             notify("further refusals are not shown for a while", "yellow")
+
+    def forget(self, address: str, notice: str) -> None:
+        """Give ``notice`` again when it is due: the client has got in meanwhile."""
+        self._given.pop((address, notice), None)
 
 
 def start_zap_handler(context: Context, clients: ClientKeys) -> None:
@@ -331,27 +335,49 @@ def start_zap_handler(context: Context, clients: ClientKeys) -> None:
     handler = new_socket(context, zmq.REP)
     handler.linger = 0
     handler.bind("inproc://zeromq.zap.01")
-    refusals = _Refusals()
+    judge = _Judge(clients)
 
     def answer() -> None:
         with handler, suppress(zmq.ContextTerminated):
             while True:
-                handler.send_multipart(_judge(handler.recv_multipart(), clients, refusals))
+                handler.send_multipart(judge.answer(handler.recv_multipart()))
 
     start_thread(answer)
 
 
-def _judge(request: list[bytes], clients: ClientKeys, refusals: _Refusals) -> list[bytes]:
-    """Return the ZAP reply: 200 with the name of the client's key file as its user id, 400, or 300: come again."""
-    version, request_id, _domain, address, _identity, mechanism, credentials = (*request[:7], *[b""] * 7)[:7]
-    status, text, user_id = b"400", b"unknown key", b""
-    if mechanism == b"CURVE" and len(credentials) == 32:
-        public = z85.encode(credentials)
-        try:
-            if name := clients.find(public):
-                status, text, user_id = b"200", b"OK", name.encode(errors="backslashreplace")  # pyzmq reads it as UTF-8
+class _Judge:
+    """Decides who is let in, and tells of those who are not."""
+
+    def __init__(self, clients: ClientKeys) -> None:
+        self._clients = clients
+        self._refused = RefusedClients()
+        self._unreadable = ""  # why the keys could not be read at the last look
+
+    def answer(self, request: list[bytes]) -> list[bytes]:
+        """Return the ZAP reply: 200 with the name of the client's key file as its user id, 400, or 300: come again."""
+        version, request_id, _domain, peer, _identity, mechanism, credentials = (*request[:7], *[b""] * 7)[:7]
+        status, text, user_id = b"400", b"unknown key", b""
+        if mechanism == b"CURVE" and len(credentials) == 32:
+            public, address = z85.encode(credentials), peer.decode(errors="backslashreplace")
+            notice = f"refused a client from {address}: its public key {public.decode()} is not known"
+            try:
+                name = self._clients.find(public)
+                self._tell_whether_readable("")
+            except OSError as error:
+                self._tell_whether_readable(error.strerror or "")
+                status, text = b"300", b"client keys cannot be read just now"
             else:
-                refusals.report(address, public)
-        except OSError:
-            status, text = b"300", b"client keys cannot be read just now"
-    return [version, request_id, status, text, user_id, b""]
+                if name:
+                    self._refused.forget(address, notice)
+                    status, text = b"200", b"OK"
+                    user_id = name.encode(errors="backslashreplace")  # pyzmq reads it as UTF-8
+                else:
+                    self._refused.report(address, notice)
+        return [version, request_id, status, text, user_id, b""]
+
+    def _tell_whether_readable(self, why_not: str) -> None:
+        if why_not and not self._unreadable:
+            notify(f"cannot read the client keys: {why_not}; clients are not let in until that is over", "yellow")
+        elif self._unreadable and not why_not:
+            notify("the client keys can be read again")
+        self._unreadable = why_not

@@ -21,6 +21,9 @@ SPINS = 50
 """Looks for a reply, yielding the processor before each, before going to sleep, which takes longer than a fast reply.
 They save 40 % of a round trip, and 9 % on a single core."""
 
+OVERSLEPT = 0.1
+"""Seconds past a deadline from which on the process must have been stopped, and then to wait for what has come."""
+
 DO_NOT_WAIT = int(zmq.NOBLOCK)  # arithmetic with the enum itself is slow
 
 
@@ -249,7 +252,9 @@ def receive_reply(peer: Peer, deadline: float) -> list[zmq.Frame]:
         if ended:
             raise AttemptEnded(f"connection to {peer.endpoint} lost", CRASHED)
         now = time.monotonic()
-        if now >= deadline:
+        if now >= deadline + OVERSLEPT:
+            deadline = now + OVERSLEPT  # libzmq's thread has not run either
+        elif now >= deadline:
             return []
         if now >= notice_at:
             notify(f"waiting for a reply from {peer.endpoint}")

@@ -13,10 +13,13 @@ from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.answers import Answer, Unanswered, choose_answer
 from zmqmsg.attendant import Attendant
 from zmqmsg.connection import Peer, fail_without_hope, wait
-from zmqmsg.console import NOTICE_DELAY, Form, Output, notify
+from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify
 from zmqmsg.quoting import count_of, describe
 from zmqmsg.sockets import ApplyKeys, Context, Socket, bound, is_local, open_socket, receive, send
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
+
+STOP_LIMIT = 5.0
+"""Seconds after a request to stop in which requests are answered that were received by then."""
 
 RECEIVE_WAIT_MS = 20
 """Milliseconds to wait for the next request in recv, which takes one system call, before polling, which takes six."""
@@ -46,7 +49,7 @@ def run(
     """
     form = Form.choose(null=null, quoted=quoted, raw=raw)
     attendant = Attendant()
-    answer = choose_answer(reply, command, filter_command, form, attendant)
+    answer = choose_answer(reply, command, filter_command, form, attendant, max_size)
     # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
     raise_descriptor_limit()
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
@@ -149,16 +152,21 @@ class Server:
         self._output = output
         self._count = count
         self._verbose = verbose
+        self._unprinted = 0  # requests answered since the reader of the output is gone
 
     def run(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
         """Answer what comes to REP sockets, ``bound_sockets`` and those of ``peers``, until it is time to stop.
 
-        Raises Failure if there is nothing left to serve, if there can be no more replies, or if a request cannot be
-        printed, and BrokenPipeError if its reader is gone.
+        When a stop is requested, what lies ready then is answered: nobody else can. Raises Failure if there is nothing
+        left to serve, if there can be no more replies, or if a request cannot be printed.
         """
         sockets = bound_sockets
         try:
             while not self._is_over():
+                stopping = self._attendant.requested < math.inf or self._unprinted
+                if stopping:
+                    for socket in sockets:
+                        socket.rcvtimeo = 0
                 if peers:
                     for peer in peers:
                         peer.update()
@@ -170,6 +178,8 @@ class Server:
                         idle = False
                         if self._is_over():
                             break
+                if idle and stopping:
+                    break
                 if idle:
                     if peers and not bound_sockets:
                         fail_without_hope(peers)
@@ -178,9 +188,22 @@ class Server:
         except Unanswered as unanswered:
             # A client of ours sees its connection end, and asks again.
             notify(str(unanswered), "yellow")
+        if self._has_no_time_left() and any(socket.poll(0) for socket in sockets):
+            notify(
+                f"stopping after {STOP_LIMIT:g} s; requests that were received and still wait are not answered",
+                "yellow",
+            )
+        if self._unprinted:
+            raise Failure(
+                f"standard output is closed; {count_of(self._unprinted, 'request')} answered, but not printed"
+            )
 
     def _is_over(self) -> bool:
-        return self._attendant.requested < math.inf or self.served == self._count
+        return self.served == self._count or self._has_no_time_left()
+
+    def _has_no_time_left(self) -> bool:
+        requested = self._attendant.requested
+        return requested < math.inf and time.monotonic() >= requested + STOP_LIMIT
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
         started = time.perf_counter() if self._verbose else 0  # monotonic() has steps of 15 ms on Windows
@@ -192,8 +215,13 @@ class Server:
             peer = name_peer(request[0], authenticated=bool(socket.zap_domain))
             text = f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}"
             notify(f"{text}, {seconds * 1000:.2f} ms")
-        if self._output:
-            self._output.write(request)
+        if self._unprinted:
+            self._unprinted += 1
+        elif self._output:
+            try:
+                self._output.write(request)
+            except BrokenPipeError:
+                self._unprinted = 1
 
 
 def name_peer(frame: zmq.Frame, *, authenticated: bool) -> str:

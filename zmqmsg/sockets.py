@@ -22,6 +22,10 @@ NO_RECONNECT_MS = 2**31 - 1
 """Milliseconds after which libzmq may connect again by itself. Its own "never" (-1) would throw away a reply that came
 just before the end of the connection."""
 
+HANDSHAKE_LIMIT_MS = 10_000
+"""Milliseconds for a handshake. A client whose key cannot be checked now waits for as long; with 5 s, CURVE fails where
+a round trip takes 1.5 s."""
+
 RECEIVE_LIMIT = 16
 """Messages that libzmq receives ahead from each peer, so that none can fill the memory. With 8, a stream of small
 messages takes 5 % longer; with 1, a CURVE server with a ZAP handler receives nothing."""
@@ -97,6 +101,7 @@ def open_socket(
     socket.maxmsgsize = max_size
     socket.rcvhwm = RECEIVE_LIMIT
     socket.reconnect_ivl = NO_RECONNECT_MS
+    socket.handshake_ivl = HANDSHAKE_LIMIT_MS
     # A peer that is gone without a FIN is found within 30 s. Heartbeats would cut off slow large messages as well:
     # libzmq takes only a whole message for a sign of life.
     socket.tcp_keepalive = 1

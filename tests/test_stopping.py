@@ -1,0 +1,156 @@
+"""A server that stops: what it has received is answered, and what stands in the way of that is said."""
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import zmq
+
+from zmqmsg.sockets import Context, Socket
+
+from conftest import LIMIT, LINUX, POSIX, Serve, Start, ask, broker, is_running, memory, stop, until
+
+SLOW_ECHO = "sleep 0.05; cat"
+if sys.platform == "win32":
+    SLOW_ECHO = f'"{sys.executable}" -c "import sys, time; time.sleep(0.05); sys.stdout.write(sys.stdin.read())"'
+
+
+def clients_of(context: Context, endpoint: str, count: int) -> list[Socket]:
+    """Return plain REQ sockets, each of which has sent a request."""
+    clients = []
+    for number in range(count):
+        client = context.socket(zmq.REQ)
+        client.linger = 0
+        client.rcvtimeo = LIMIT * 1000
+        client.connect(endpoint)
+        client.send(b"%d" % number)
+        clients.append(client)
+    return clients
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_all_that_was_received_is_answered_before_the_end(context: Context, serve: Serve, number: int) -> None:
+    server, endpoint = serve("--verbose", "--exec", SLOW_ECHO)
+    count = 40 if sys.platform != "win32" else 10
+    clients = clients_of(context, endpoint, count)
+    server.wait_for_notice("request 1 from")
+    time.sleep(0.5)  # nothing tells when the others have come
+    server.signal(number)
+    assert [client.recv() for client in clients] == [b"%d" % number for number in range(count)]
+    status, output, _ = server.finish()
+    assert (status, len(output.splitlines())) == (0, count)
+
+
+@POSIX
+def test_a_worker_that_stops_answers_what_its_broker_has_handed_over(context: Context, start: Start) -> None:
+    with broker() as (front, back):
+        workers = [start("serve", "--connect", back, "--exec", "sleep 0.05; cat") for _ in range(2)]
+        for worker in workers:
+            worker.wait_for_notice("connected to")
+        clients = clients_of(context, front, 40)
+        assert clients[0].recv() == b"0"
+        assert stop(workers[0])[0] == 0
+        assert [client.recv() for client in clients[1:]] == [b"%d" % number for number in range(1, 40)]
+
+
+@POSIX
+def test_what_takes_longer_than_five_seconds_is_left_and_told_of(context: Context, serve: Serve) -> None:
+    server, endpoint = serve("--exec", "sleep 1.5; cat")
+    clients = clients_of(context, endpoint, 10)
+    assert clients[0].recv() == b"0"
+    started = time.monotonic()
+    status, _, notices = stop(server)
+    assert (status, 4 < time.monotonic() - started < 8) == (0, True)
+    assert any("still wait are not answered" in notice for notice in notices)
+
+
+def test_an_endless_stream_of_requests_does_not_keep_it_from_stopping(context: Context, serve: Serve) -> None:
+    server, endpoint = serve("--quiet")
+    ended = threading.Event()
+
+    def ask_for_ever() -> None:
+        with context.socket(zmq.DEALER) as client:
+            client.linger = 0
+            client.sndtimeo = 100
+            client.connect(endpoint)
+            while not ended.is_set():
+                with suppress(zmq.Again):
+                    client.send_multipart([b"", b"x"])
+
+    thread = threading.Thread(target=ask_for_ever)
+    thread.start()
+    time.sleep(0.5)
+    started = time.monotonic()
+    server.signal(signal.SIGTERM)
+    try:
+        server.wait(15)
+        assert time.monotonic() - started < 7
+    finally:
+        ended.set()
+        thread.join(LIMIT)
+
+
+@LINUX
+@pytest.mark.parametrize("option", ["--exec", "--filter"])
+def test_sigquit_ends_it_at_once_with_its_commands(serve: Serve, start: Start, option: str) -> None:
+    server, endpoint = serve(option, "echo $$ >&2; exec sleep 600")
+    start("send", "--connect", endpoint, "x")
+    child = int(server.wait_for_notice(r"^\d+$")[0])
+    server.signal(signal.SIGQUIT)
+    assert server.popen.wait(LIMIT) == 128 + signal.SIGQUIT
+    until(lambda: not is_running(child))
+
+
+@LINUX
+@pytest.mark.parametrize("option", ["--exec", "--filter"])
+@pytest.mark.parametrize("size", [1, 10_000_000], ids=["small request", "large request"])
+def test_a_command_that_prints_without_end_is_stopped(
+    serve: Serve, start: Start, tmp_path: Path, option: str, size: int
+) -> None:
+    (tmp_path / "request").write_bytes(b"x" * size)
+    server, endpoint = serve(option, "read line; exec cat /dev/zero", "--max-size", "16M")
+    client = start("send", "--connect", endpoint, "--retries", "0", "--file", f"{tmp_path}/request")
+    peak = 0
+    while server.popen.poll() is None:
+        with suppress(IndexError, OSError):  # it has just ended
+            peak = memory(server.pid, "VmHWM")
+        time.sleep(0.01)
+    status, output, notices = server.finish()
+    assert (status, output, peak < 200 << 10) == (1, b"", True)
+    assert "printed more than --max-size" in notices[-1]
+    assert client.finish()[0] in (1, 3)
+
+
+def test_a_reply_of_just_the_size_that_is_allowed_is_sent(context: Context, serve: Serve) -> None:
+    command = f'"{sys.executable}" -c "print(1000 * chr(120), end=str())"'
+    _, endpoint = serve("--exec", command, "--max-size", "1000")
+    assert ask(context, endpoint, b"x") == [b"x" * 1000]
+
+
+def test_an_output_that_is_closed_stops_it_after_the_reply(context: Context, serve: Serve) -> None:
+    server, endpoint = serve()
+    assert server.popen.stdout
+    server.popen.stdout.close()
+    assert ask(context, endpoint, b"x") == [b"x"]
+    assert server.wait() == 1
+    assert server.notices[-2] == "zmqmsg: standard output is closed; 1 request answered, but not printed"
+
+
+@LINUX
+def test_a_reply_that_came_while_send_was_stopped_is_printed(context: Context, start: Start) -> None:
+    """A laptop that sleeps oversleeps the deadline as well."""
+    server = context.socket(zmq.REP)
+    port = server.bind_to_random_port("tcp://127.0.0.1")
+    for _ in range(5):
+        sender = start("send", "--connect", f"tcp://127.0.0.1:{port}", "--timeout", "0.5", "--retries", "0", "x")
+        request = server.recv()
+        os.kill(sender.pid, signal.SIGSTOP)
+        server.send(request)
+        time.sleep(0.8)
+        os.kill(sender.pid, signal.SIGCONT)
+        assert sender.finish()[:2] == (0, b"x\n")
