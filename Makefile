@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help demo test lint coverage soak bench clean
+.PHONY: help demo test windows lint coverage soak bench clean
 
 help: ## Show what there is to make
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 12
@@ -28,12 +28,16 @@ demo: .venv/run ## Send three messages from a client to a server, two processes
 test: .venv/dev ## Run the tests
 	$(BIN)/pytest -n 10 --dist worksteal
 
+windows: .venv/dev ## Run the tests with a Python for Windows, under Wine
+	$(BIN)/python tests/windows.py -n 2 --dist worksteal --timeout 120
+
 lint: .venv/dev ## Check style, format and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/mypy --platform darwin zmqmsg
 	$(BIN)/mypy --platform win32 zmqmsg
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/tests.yml
 
 coverage: .venv/dev ## Run the tests and show what they leave out
 	$(BIN)/pytest -n 10 --dist worksteal --cov --cov-report=term-missing

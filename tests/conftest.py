@@ -269,7 +269,9 @@ def listening(talk: Callable[[socket.socket], object], endpoint: str = "tcp://12
         try:
             yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            listener.shutdown(socket.SHUT_RDWR)
+            with suppress(OSError):  # Windows, where closing is enough
+                listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
             acceptor.join(LIMIT)
             for connection in connections:
                 with suppress(OSError):
@@ -351,7 +353,7 @@ QUOTED = Form.choose(null=False, quoted=True, raw=False)
 @contextmanager
 def answering(context: Context, answer: Answer, count: int, endpoint: str = "inproc://server") -> Iterator[str]:
     """Let a Server answer ``count`` requests in a thread; the context gets the real endpoint."""
-    with answer, open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
+    with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
         server = Server(answer, Attendant(), count=count)
         thread = threading.Thread(target=server.run, args=([socket],))
         thread.start()

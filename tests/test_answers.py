@@ -12,7 +12,7 @@ from zmqmsg.attendant import Attendant
 from zmqmsg.console import Form
 from zmqmsg.sockets import Context
 
-from conftest import PLAIN, QUOTED, answering, ask
+from conftest import PLAIN, POSIX, QUOTED, answering, ask
 
 Run = Callable[..., list[list[bytes]]]
 
@@ -42,11 +42,13 @@ def test_every_request_gets_the_fixed_reply(reply: Run, frames: list[bytes]) -> 
     assert reply(Text(frames), [b"one"], [b"two", b"three"]) == [frames] * 2
 
 
+@POSIX
 @pytest.mark.parametrize("body", [b"", b"\n", b"\0", b"no newline", b"two\n\n", bytes(range(256))])
 def test_a_command_that_is_cat_is_the_echo(reply: Run, body: bytes) -> None:
     assert reply(command("cat"), [body]) == [[body]]
 
 
+@POSIX
 def test_a_large_request_goes_on_after_the_first_second_and_nothing_is_said(
     reply: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -58,6 +60,7 @@ def test_a_large_request_goes_on_after_the_first_second_and_nothing_is_said(
 LARGE = os.urandom(3_000_000)
 
 
+@POSIX
 @pytest.mark.parametrize(
     ("text", "body", "printed"),
     [
@@ -72,6 +75,7 @@ def test_a_command_may_read_and_print_as_it_likes(reply: Run, text: str, body: b
     assert reply(command(text), [body]) == [[body if printed is None else printed]]
 
 
+@POSIX
 @pytest.mark.parametrize(
     ("text", "printed", "notice"),
     [
@@ -90,6 +94,7 @@ def test_what_a_command_that_fails_has_printed_is_the_reply(
     assert ("not found" in notices) is (text == "no-such-command"), "the shell's own word"
 
 
+@POSIX
 def test_no_request_injects_anything(reply: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     attempts = [b"'; %b; '", b'"; %b; "', b"$(%b)", b"`%b`", b"\n%b\n", b"; %b #", b"& %b &", b"| %b", b"x=%b\0%b"]
@@ -102,6 +107,7 @@ def test_no_request_injects_anything(reply: Run, tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
+@POSIX
 def test_several_frames_are_read_as_one_and_a_notice_says_so_once(
     reply: Run, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -109,6 +115,7 @@ def test_several_frames_are_read_as_one_and_a_notice_says_so_once(
     assert capfd.readouterr().err.count("--quoted") == 1
 
 
+@POSIX
 @pytest.mark.parametrize(
     ("text", "frames", "printed", "notice"),
     [

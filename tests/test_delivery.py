@@ -23,6 +23,7 @@ from zmqmsg.sockets import Context
 from conftest import (
     LIMIT,
     LINUX,
+    POSIX,
     Process,
     Send,
     Serve,
@@ -57,6 +58,7 @@ def count_served(server: Process) -> int:
 # Servers that die, and come again
 
 
+@POSIX
 @pytest.mark.parametrize(
     ("kills", "count", "pace"),
     [
@@ -113,6 +115,7 @@ def has_lines(file: Path, count: int) -> bool:
     return file.read_bytes().count(b"\n") >= count
 
 
+@POSIX
 @pytest.mark.parametrize("retries", [0, 3])
 def test_a_request_that_kills_its_server_is_sent_once_and_retries_times(
     serve: Serve, start: Start, retries: int
@@ -198,6 +201,7 @@ def test_a_late_reply_of_an_earlier_attempt_is_no_reply_to_a_later_request(conte
 # Servers that freeze
 
 
+@POSIX
 @pytest.mark.parametrize("seconds", [0, pytest.param(15, marks=soak)])
 def test_a_server_that_is_frozen_from_the_start_gets_nothing_and_serves_once_when_it_thaws(
     serve: Serve, start: Start, seconds: float
@@ -217,6 +221,7 @@ def test_a_server_that_is_frozen_from_the_start_gets_nothing_and_serves_once_whe
     assert count_served(server) == 1
 
 
+@POSIX
 def test_a_server_that_freezes_with_a_request_in_hand_is_waited_for(serve: Serve, start: Start) -> None:
     server, endpoint = serve()
     sender = start("send", "--connect", endpoint)
@@ -230,6 +235,7 @@ def test_a_server_that_freezes_with_a_request_in_hand_is_waited_for(serve: Serve
     assert count_served(server) == 2
 
 
+@POSIX
 @pytest.mark.parametrize(
     ("timeout", "why"), [("1.5", "no reply from {} within 1.5 s"), ("10", "connection to {} lost")]
 )

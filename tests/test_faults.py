@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import Send, Serve, relay, soak
+from conftest import POSIX, Send, Serve, relay, soak
 
 QUIET_PERIOD = 0.4
 """Seconds for which a stalled connection passes nothing on: longer than the timeout of an attempt."""
@@ -79,6 +79,7 @@ def lines(messages: list[str]) -> bytes:
     return "".join(f"{message}\n" for message in messages).encode()
 
 
+@POSIX
 @pytest.mark.parametrize(("count", "rate"), [(400, 1 / 50), pytest.param(60_000, 1 / 1000, id="full", marks=soak)])
 def test_every_reply_comes_once_and_in_order_whatever_happens_to_connections(
     serve: Serve, send: Send, keys: tuple[list[str], list[str]], count: int, rate: float
@@ -95,6 +96,7 @@ def test_every_reply_comes_once_and_in_order_whatever_happens_to_connections(
     assert faults.done.total() > 5
 
 
+@POSIX
 @pytest.mark.parametrize(("count", "rate"), [(200, 1 / 40), pytest.param(60_000, 1 / 1000, id="full", marks=soak)])
 def test_without_retries_nothing_is_served_twice_and_the_exit_status_says_what_was_served(
     serve: Serve, send: Send, keys: tuple[list[str], list[str]], tmp_path: Path, count: int, rate: float

@@ -102,9 +102,16 @@ def test_a_line_cannot_hold_its_own_end_and_the_next_requests_get_their_own_repl
 ) -> None:
     server, endpoint = serve("--filter", COUNTER)
     client = Client(context, endpoint)
-    assert [client.ask([body]) for body in (b"a", b"two\nlines", b"\n", b"b")] == [[b"1 a"], [b""], [b""], [b"2 b"]]
+    assert [client.ask([body]) for body in (b"a", b"two\nlines", b"x\n\n", b"b")] == [[b"1 a"], [b""], [b""], [b"2 b"]]
     server.signal(signal.SIGTERM)
-    assert sum("use --quoted to pass it on" in notice for notice in server.finish()[2]) == 1
+    assert sum("since a filter reads one; use --exec, or --quoted" in notice for notice in server.finish()[2]) == 2
+
+
+def test_the_end_of_a_line_that_ends_a_request_is_the_end_of_the_line(context: Context, serve: Serve) -> None:
+    """As of a file of one line."""
+    _, endpoint = serve("--filter", COUNTER)
+    client = Client(context, endpoint)
+    assert [client.ask([body]) for body in (b"a\n", b"\n", b"b")] == [[b"1 a"], [b"2 "], [b"3 b"]]
 
 
 def test_several_frames_are_joined_and_a_notice_says_so_once(context: Context, serve: Serve) -> None:
@@ -112,7 +119,7 @@ def test_several_frames_are_joined_and_a_notice_says_so_once(context: Context, s
     client = Client(context, endpoint)
     assert [client.ask([b"a", b"b"]) for _ in range(2)] == [[b"ab"]] * 2
     server.signal(signal.SIGTERM)
-    assert sum("use --quoted to keep them apart" in notice for notice in server.finish()[2]) == 1
+    assert sum("--quoted keeps them apart" in notice for notice in server.finish()[2]) == 1
 
 
 def test_a_filter_that_does_not_flush_is_told_of_and_waited_for(serve: Serve, start: Start) -> None:

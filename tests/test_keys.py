@@ -2,6 +2,7 @@
 
 import ctypes.util
 import os
+import re
 import shutil
 import socket
 import stat
@@ -26,11 +27,16 @@ from zmqmsg.cli import cli
 from zmqmsg.curve import ClientKeys, CurveKeys, load_key_pair, load_public_key, start_zap_handler
 from zmqmsg.sockets import Context, Socket
 
-from conftest import COMMAND, LIMIT, LINUX, Send, Serve, Start, address, broker, memory, relay, soak, stop, until
+from conftest import COMMAND, LIMIT, LINUX, POSIX, Send, Serve, Start, address, broker, memory, relay, soak, stop, until
 from zmtp import command, greeting, ready, request
 
 with suppress(ImportError):  # Windows has none
     import resource
+
+
+def refusal(text: str) -> pytest.RaisesExc[click.UsageError]:
+    """Return what expects a usage error with ``text``."""
+    return pytest.raises(click.UsageError, match=re.escape(text))
 
 
 class KeyPair(NamedTuple):
@@ -112,7 +118,7 @@ def let_in(context: Context, endpoint: str, server: Pair, *clients: KeyPair) -> 
 
 @pytest.mark.parametrize(
     ("name", "public"),
-    [("me.key_secret", "me.key"), ("me", "me.pub"), ("me.key", "me.key.pub"), ("my_secret", "my_secret.pub")],
+    [("me.key_secret", "me.key"), ("me", "me.pub"), ("me.key", "me.key.pub"), ("my.txt_secret", "my.txt")],
 )
 def test_a_missing_key_is_created_with_its_public_half_beside_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, public: str
@@ -129,6 +135,7 @@ def test_a_missing_key_is_created_with_its_public_half_beside_it(
     assert capfd.readouterr().err == "", "nothing is created the second time"
 
 
+@POSIX
 def test_nobody_else_may_read_a_secret_key_that_is_created(tmp_path: Path) -> None:
     umask = os.umask(0)
     try:
@@ -138,17 +145,19 @@ def test_nobody_else_may_read_a_secret_key_that_is_created(tmp_path: Path) -> No
     assert stat.S_IMODE(own.stat().st_mode) == 0o600
 
 
+@POSIX
 def test_no_file_is_overwritten(tmp_path: Path) -> None:
     (tmp_path / "me.key").write_text("precious")
     (tmp_path / "link.key_secret").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(click.UsageError, match=f"cannot create key file {tmp_path}/me.key: File exists"):
+    with refusal(f"cannot create key file {tmp_path / 'me.key'}: File exists"):
         load_key_pair(str(tmp_path / "me.key_secret"))
-    with pytest.raises(click.UsageError, match=f"cannot read key file {tmp_path}/link.key_secret: No such file"):
+    with refusal(f"cannot read key file {tmp_path / 'link.key_secret'}: No such file"):
         load_key_pair(str(tmp_path / "link.key_secret"))
     assert (tmp_path / "me.key").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.key_secret", "me.key"]
 
 
+@POSIX
 @pytest.mark.parametrize("place", ["missing", "file", pytest.param("/proc", marks=LINUX)])
 def test_a_key_that_cannot_be_created_is_an_error_that_names_the_file(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").touch()
@@ -156,22 +165,35 @@ def test_a_key_that_cannot_be_created_is_an_error_that_names_the_file(tmp_path: 
         load_key_pair(str(tmp_path / place / "me.key_secret"))
 
 
+@POSIX
 def test_a_full_disk_leaves_no_half_of_a_key_behind(tmp_path: Path, echo: str) -> None:
     """Otherwise the next start would fail as well, because nothing is overwritten."""
-    limited = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *COMMAND, "send", "--connect", echo, "--server-key", "x"]
-    done = subprocess.run([*limited, "--key", f"{tmp_path}/me.key_secret", "x"], capture_output=True, timeout=LIMIT)
+    limited = [
+        "sh",
+        "-c",
+        'ulimit -f 0; exec "$@"',
+        "sh",
+        *COMMAND,
+        "send",
+        "--connect",
+        echo,
+        "--server-key",
+        str(new_pair(tmp_path, "other").public),
+    ]
+    done = subprocess.run([*limited, "--key", f"{tmp_path / 'me.key'}_secret", "x"], capture_output=True, timeout=LIMIT)
     assert done.returncode == 2
     assert b"cannot create key file" in done.stderr
-    assert list(tmp_path.iterdir()) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"other.key", "other.key_secret"}
 
 
+@POSIX
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o610, 0o602])
 def test_a_secret_key_that_others_may_use_is_refused_with_the_command_that_helps(tmp_path: Path, mode: int) -> None:
     own = new_pair(tmp_path, "my own").secret
     own.chmod(mode)
-    with pytest.raises(click.UsageError, match=f"others may read the secret key in {own}; run: ") as refusal:
+    with refusal(f"others may read the secret key in {own}; run: ") as refused:
         load_key_pair(str(own))
-    subprocess.run(["sh", "-c", refusal.value.message.partition("run: ")[2]], check=True)
+    subprocess.run(["sh", "-c", refused.value.message.partition("run: ")[2]], check=True)
     assert load_key_pair(str(own))
 
 
@@ -195,30 +217,33 @@ def test_a_file_that_is_no_key_is_refused_by_name(
 ) -> None:
     (tmp_path / "wrong").write_bytes(content)
     (tmp_path / "wrong").chmod(0o600)
-    with pytest.raises(click.UsageError, match=f"{tmp_path}/wrong is not a CURVE key file"):
+    with refusal(f"{tmp_path / 'wrong'} is not a CURVE key file"):
         load(str(tmp_path / "wrong"))
 
 
+@POSIX
 @pytest.mark.parametrize("load", [load_key_pair, load_public_key])
 @pytest.mark.parametrize("kind", ["directory", "device"])
 def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, kind: str, load: Callable[[str], object]) -> None:
     (tmp_path / "directory").mkdir()
     (tmp_path / "device").symlink_to("/dev/zero")
-    with pytest.raises(click.UsageError, match=f"{tmp_path}/{kind} is not a CURVE key file: it is not a regular file"):
+    with refusal(f"{tmp_path}/{kind} is not a CURVE key file: it is not a regular file"):
         load(str(tmp_path / kind))
 
 
 def test_one_half_in_place_of_the_other_or_none_is_refused_by_name(keys: Keys, tmp_path: Path) -> None:
     with pytest.raises(
-        click.UsageError, match=f"{keys.alice.secret} is a secret key; pass its public half, {keys.alice.public}"
+        click.UsageError,
+        match=re.escape(f"{keys.alice.secret} is a secret key; pass its public half, {keys.alice.public}"),
     ):
         load_public_key(str(keys.alice.secret))
-    with pytest.raises(click.UsageError, match=f"{keys.alice.public} is a public key"):
+    with refusal(f"{keys.alice.public} is a public key"):
         load_key_pair(str(keys.alice.public))
-    with pytest.raises(click.UsageError, match=f"cannot read key file {tmp_path}/none: No such file"):
+    with refusal(f"cannot read key file {tmp_path / 'none'}: "):
         load_public_key(str(tmp_path / "none"))
 
 
+@POSIX
 @pytest.mark.parametrize("load", [load_key_pair, load_public_key])
 def test_a_fifo_is_read_as_a_key_file(keys: Keys, tmp_path: Path, load: Callable[[str], object]) -> None:
     """As of ``--key <(pass show server)``, whose writer may be slow."""
@@ -361,7 +386,7 @@ for read in czmq.zcert_public_txt, czmq.zcert_secret_txt:
 def test_a_wrong_combination_is_a_usage_error_that_says_what_is_missing(
     tmp_path: Path, arguments: str, missing: str
 ) -> None:
-    words = {"K": f"{tmp_path}/me.key_secret", "P": f"{tmp_path}/other.key", "E": "tcp://127.0.0.1:5555"}
+    words = {"K": f"{tmp_path / 'me.key'}_secret", "P": f"{tmp_path}/other.key", "E": "tcp://127.0.0.1:5555"}
     result = CliRunner().invoke(cli, [words.get(word, word) for word in arguments.split()])
     assert result.exit_code == 2
     assert missing in " ".join(result.stderr.split())
@@ -372,7 +397,7 @@ def test_a_missing_path_of_client_keys_is_a_usage_error(keys: Keys, tmp_path: Pa
     server = start("serve", "--key", str(keys.server.secret), "--client-keys", str(tmp_path / "none"))
     status, _, notices = server.finish()
     assert status == 2
-    assert f"{tmp_path}/none does not exist" in notices[-1]
+    assert f"{tmp_path / 'none'} does not exist" in notices[-1]
 
 
 # The three steps
@@ -396,14 +421,14 @@ def test_step_2_a_client_has_a_key_of_its_own(keys: Keys, tmp_path: Path, serve:
     options = ["--connect", endpoint, "--key", str(own), "--server-key", str(keys.server.public)]
     first, second = send(*options, "hello"), send(*options, "hello")
     assert (first.stdout, second.stdout, second.stderr) == (b"hello\n", b"hello\n", b"")
-    assert f"created {own}; give its public half, {tmp_path}/bob.key, to your peers".encode() in first.stderr
+    assert f"created {own}; give its public half, {tmp_path / 'bob.key'}, to your peers".encode() in first.stderr
 
 
 def test_step_3_only_clients_whose_keys_are_in_the_directory_are_let_in(
     keys: Keys, clients: Path, guarded: Serve, send: Send
 ) -> None:
     server, endpoint = guarded("--verbose")
-    server.wait_for_notice(f"no client can connect until there is a public key in {clients}")
+    server.wait_for_notice("no client can connect until there is a public key in ")
     alice = ["--connect", endpoint, *as_client(keys.alice, keys.server)]
     refused = send(*alice, "let me in")
     assert (refused.returncode, refused.stdout) == (1, b"")
@@ -474,6 +499,7 @@ def test_a_key_counts_from_the_next_handshake_on(
     assert connected.read_line() == b"after", "a connection that is up stays up"
 
 
+@POSIX
 def test_a_file_that_is_no_public_key_is_told_of_once_and_everything_else_goes_on(
     context: Context, keys: Keys, clients: Path, guarded: Serve
 ) -> None:
@@ -489,7 +515,7 @@ def test_a_file_that_is_no_public_key_is_told_of_once_and_everything_else_goes_o
         assert let_in(context, endpoint, keys.server, keys.alice.key, keys.stranger.key) == [True, False]
     notices = stop(server)[2]
     for name in ("inner", "text", "device", "fifo", "stranger.key_secret"):
-        told = [notice for notice in notices if f"{clients}/{name} " in notice]
+        told = [notice for notice in notices if f"{clients / name} " in notice]
         assert len(told) == 1
         assert told[0].endswith("it lets nobody in")
 
@@ -521,6 +547,7 @@ def find(known: ClientKeys, public: bytes) -> str | None:
     return None
 
 
+@POSIX
 def test_without_descriptors_nobody_is_let_in_who_was_known_before(keys: Keys, clients: Path) -> None:
     """What cannot be known just now is no reason to let somebody in, nor to refuse somebody for good."""
     for pair in (keys.alice, keys.server):
@@ -544,6 +571,7 @@ def test_without_descriptors_nobody_is_let_in_who_was_known_before(keys: Keys, c
     assert known.find(alice) is None
 
 
+@POSIX
 def test_unknown_keys_take_a_small_share_of_the_time_however_many_are_known(clients: Path) -> None:
     for number in range(1000):
         (clients / f"{number}.key").write_bytes(zmq.curve_keypair()[0])
@@ -723,6 +751,7 @@ def test_a_worker_with_a_key_serves_a_broker_that_knows_it_alone(keys: Keys, sta
         assert worker.finish()[:2] == (0, b"hello\n")
 
 
+@POSIX
 def test_one_server_has_clients_of_its_own_and_those_of_a_broker(
     keys: Keys, clients: Path, guarded: Serve, send: Send
 ) -> None:
@@ -760,6 +789,7 @@ def test_nothing_that_is_said_under_curve_can_be_read_on_the_wire(
         assert recorded.count(b"this is private") == seen
 
 
+@POSIX
 def test_no_output_shows_a_secret_key(keys: Keys, clients: Path, tmp_path: Path, guarded: Serve, send: Send) -> None:
     server_secret, secret = keys.server.key.secret, keys.alice.key.secret
     shutil.copy(keys.alice.public, clients)
@@ -781,3 +811,76 @@ def test_no_output_shows_a_secret_key(keys: Keys, clients: Path, tmp_path: Path,
     assert keys.stranger.key.public in output
     for half in (server_secret, secret, keys.stranger.key.secret):
         assert half[:10] not in output
+
+
+# Keys of others, and keys that work with nobody
+
+
+def write_key(path: Path, public: bytes | None, secret: bytes | None) -> str:
+    """Write a key file with these halves, and return its path."""
+    halves = {"public": public, "secret": secret}
+    lines = [f'    {name}-key = "{half.decode()}"' for name, half in halves.items() if half]
+    path.write_text("\n".join(["metadata", "curve", *lines, ""]))
+    path.chmod(0o600)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", ["another pair", "twice the same", "zeros"])
+def test_a_pair_that_works_with_nobody_is_refused(tmp_path: Path, kind: str) -> None:
+    secret = zmq.curve_keypair()[1]
+    halves = {"another pair": (zmq.curve_keypair()[0], secret), "twice the same": (secret, secret)}
+    path = write_key(tmp_path / "my.key_secret", *halves.get(kind, (b"0" * 40, b"0" * 40)))
+    with refusal(f"{path} is a key that works with nobody"):
+        load_key_pair(path)
+
+
+def test_a_secret_half_alone_and_a_bare_key_that_ends_with_nul_are_keys(tmp_path: Path) -> None:
+    public, secret = zmq.curve_keypair()
+    assert load_key_pair(write_key(tmp_path / "my.key_secret", None, secret)) == (public, secret)
+    (tmp_path / "bare").write_bytes(public + b"\0")
+    assert load_public_key(str(tmp_path / "bare")) == public
+
+
+def test_where_there_are_no_hard_links_a_key_is_created_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: str, target: str) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("os.link", link)
+    public, _ = load_key_pair(str(tmp_path / "my.key_secret"))
+    assert load_public_key(str(tmp_path / "my.key")) == public
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_names_that_begin_with_a_dot_are_no_client_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A container's orchestrator mounts a directory by links to ``..data``."""
+    public, _ = zmq.curve_keypair()
+    (tmp_path / "..2026").mkdir()
+    write_key(tmp_path / "..2026" / "alice.key", public, None)
+    (tmp_path / "..data").symlink_to("..2026")
+    (tmp_path / "alice.key").symlink_to("..data/alice.key")
+    assert ClientKeys(str(tmp_path)).find(public) == "alice.key"
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "options", [["--client-keys", "none"], ["--connect", "tcp://127.0.0.1:1", "--server-key", "none"]]
+)
+def test_no_key_is_created_before_all_else_has_been_checked(tmp_path: Path, start: Start, options: list[str]) -> None:
+    given = ["serve", "--bind", "tcp://127.0.0.1:*", "--key", "new.key_secret", *options]
+    assert start(*given, cwd=tmp_path).finish()[0] == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@POSIX
+def test_a_key_from_a_fifo_serves_bound_and_connected_sockets(
+    context: Context, keys: Keys, serve: Serve, tmp_path: Path
+) -> None:
+    os.mkfifo(tmp_path / "fifo", 0o600)
+    writer = threading.Thread(target=(tmp_path / "fifo").write_bytes, args=[keys.server.secret.read_bytes()])
+    writer.start()
+    connected = ["--connect", "tcp://127.0.0.1:1", "--server-key", str(keys.server.public)]
+    _server, endpoint = serve("--key", f"{tmp_path}/fifo", *connected)
+    writer.join(LIMIT)
+    assert let_in(context, endpoint, keys.server, keys.alice.key) == [True]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from zmqmsg.sockets import Context
 
-from conftest import COMMAND, LIMIT, LINUX, Process, Send, Serve, Start, memory, open_server, until
+from conftest import COMMAND, LIMIT, LINUX, POSIX, Process, Send, Serve, Start, memory, open_server, until
 
 with suppress(ImportError):  # Windows has none
     from fcntl import ioctl
@@ -47,6 +47,7 @@ def read(process: Process, size: int) -> bytes:
 # Any bytes
 
 
+@POSIX
 @pytest.mark.parametrize(("end", "options"), [(b"\n", []), (b"\0", ["--null"])], ids=["lines", "null"])
 def test_any_messages_of_standard_input_come_back(serve: Serve, send: Send, end: bytes, options: list[str]) -> None:
     server, endpoint = serve(*options)
@@ -62,6 +63,7 @@ def test_any_messages_of_standard_input_come_back(serve: Serve, send: Send, end:
     check()
 
 
+@POSIX
 def test_any_arguments_come_back(serve: Serve, send: Send) -> None:
     server, endpoint = serve()
 
@@ -76,6 +78,7 @@ def test_any_arguments_come_back(serve: Serve, send: Send) -> None:
     check()
 
 
+@POSIX
 def test_any_frames_come_from_anywhere_and_are_one_request(context: Context, send: Send, tmp_path: Path) -> None:
     server, endpoint = open_server(context, zmq.REP)
     path = tmp_path / "content"
@@ -149,6 +152,7 @@ def test_a_file_that_fails_while_it_is_read_is_named_with_the_reason(echo: str, 
     assert done.stderr == b"zmqmsg: cannot read /proc/self/mem: Input/output error\n"
 
 
+@POSIX
 def test_a_fifo_is_read_to_its_end(echo: str, start: Start, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     client = start("send", "--connect", echo, "--file", f"{tmp_path}/fifo")
@@ -179,6 +183,7 @@ def test_no_frames_at_all_are_wrong_usage(send: Send) -> None:
 # Lines
 
 
+@POSIX
 @pytest.mark.parametrize(
     ("options", "given", "expected"),
     [
@@ -228,6 +233,7 @@ def test_each_line_is_answered_before_the_next_is_read(serve: Serve, start: Star
     assert client.finish() == (0, b"", [])
 
 
+@POSIX
 def test_a_line_in_pieces_is_one_message(echo: str, start: Start) -> None:
     client = start("send", "--connect", echo, bufsize=0)
     pipe = client.popen.stdin
@@ -274,6 +280,7 @@ def test_a_closed_reader_ends_send_quietly_at_the_next_write(echo: str, start: S
     assert (client.wait(), client.notices[:-1]) == (1, [])
 
 
+@POSIX
 def test_a_pipeline_that_takes_one_line_ends(echo: str) -> None:
     command = f"yes | {' '.join(COMMAND)} send --connect {echo} | head -1"
     done = subprocess.run(["bash", "-c", f"{command}; echo ${{PIPESTATUS[1]}}"], capture_output=True, timeout=LIMIT)
@@ -307,6 +314,8 @@ def make_input_write_only() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 0)
 
 
+@POSIX
+@POSIX
 @pytest.mark.parametrize("closed", [[1], [0, 1], [1, 2], [0, 1, 2]])
 @pytest.mark.parametrize("size", [1, 100_000])
 def test_a_reply_that_cannot_be_written_is_no_success(
@@ -319,6 +328,7 @@ def test_a_reply_that_cannot_be_written_is_no_success(
     assert server.wait() == 0
 
 
+@POSIX
 @pytest.mark.parametrize(
     ("options", "prepare"),
     [
@@ -336,6 +346,7 @@ def test_standard_input_that_cannot_be_read_is_a_failure_in_one_line(
     assert done.stderr == b"zmqmsg: cannot read standard input: Bad file descriptor\n"
 
 
+@POSIX
 @pytest.mark.parametrize("closed", [[0], [2], [0, 2]])
 def test_closed_streams_that_are_not_needed_do_no_harm(
     start: Start, send: Send, tmp_path: Path, closed: list[int]

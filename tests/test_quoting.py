@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from zmqmsg.quoting import quote, unquote
 from zmqmsg.sockets import Context, Socket
 
-from conftest import LIMIT, Send, Serve, Start, open_server
+from conftest import LIMIT, POSIX, Send, Serve, Start, open_server
 
 # What a quoted line can consist of, TAB aside: harmless text, escapes, and bytes that are never valid UTF-8.
 PIECES = [*"ab \u00e9\u20ac\U0001f44d", "\\\\", r"\t", r"\n", r"\r", r"\x00", r"\x1b", r"\x7f", r"\xc2\x9b", r"\xff"]
@@ -147,6 +147,7 @@ def test_quoted_lines_with_multipart_are_the_frames_of_one_request(echo: str, se
     assert send("-Q", "-m", "--connect", echo, input=b"a\\n\tb\nc\n").stdout == b"a\\n\tb\tc\n"
 
 
+@POSIX
 def test_a_recorded_conversation_can_be_searched_and_played_again(
     context: Context, serve: Serve, send: Send, tmp_path: Path
 ) -> None:

@@ -26,6 +26,7 @@ from conftest import (
     COMMAND,
     LIMIT,
     LINUX,
+    POSIX,
     Process,
     Send,
     Serve,
@@ -69,6 +70,7 @@ def test_replies_come_in_the_order_of_the_requests_frame_for_frame(context: Cont
         assert [[frame.bytes for frame in client.ask(frames).frames] for frames in messages] == messages
 
 
+@POSIX
 @pytest.mark.parametrize(
     "endpoint",
     [
@@ -111,6 +113,7 @@ def test_a_rep_socket_of_pyomq_is_a_server(start: Start) -> None:
 # Waiting
 
 
+@POSIX
 def test_send_before_serve_says_what_it_waits_for(serve: Serve, start: Start, tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/a.sock"
     sender = start("send", "--connect", endpoint, "x")
@@ -344,6 +347,7 @@ def replied(sender: Process) -> list[str]:
     return [found[1] for notice in sender.notices if (found := re.search("reply from (.*): 1 frame", notice))]
 
 
+@POSIX
 def test_dead_and_frozen_servers_among_living_ones_hold_nobody_up(echo: str, serve: Serve, send: Send) -> None:
     server, frozen = serve()
     server.signal(signal.SIGSTOP)
@@ -416,6 +420,7 @@ def test_send_ends_when_all_its_endpoints_can_never_answer(context: Context, sen
 # --verbose
 
 
+@POSIX
 def test_verbose_reports_each_reply_and_a_summary(serve: Serve, send: Send) -> None:
     _, endpoint = serve("--exec", "sleep 0.3; cat")
     done = send("--verbose", "--connect", endpoint, "a", "bc")
@@ -455,6 +460,7 @@ def test_verbose_reports_connections_as_they_come_and_go(serve: Serve, start: St
 # Ctrl-C
 
 
+@POSIX
 def test_every_wait_is_told_with_its_reason_and_ended_by_ctrl_c(context: Context, serve: Serve, start: Start) -> None:
     server, frozen = serve()
     server.signal(signal.SIGSTOP)
@@ -482,6 +488,7 @@ def interrupt(sender: Process) -> None:
     assert sender.wait(5) == -signal.SIGINT
 
 
+@POSIX
 def test_ctrl_c_ends_a_wait_for_the_reader_of_the_replies(echo: str, start: Start) -> None:
     sender = start("send", "--connect", echo, *["x" * 100_000] * 3)
     assert sender.popen.stdout
@@ -504,6 +511,7 @@ def test_ctrl_c_stops_a_shell_loop_around_send() -> None:
                 os.killpg(loop.pid, signal.SIGKILL)
 
 
+@POSIX
 def test_where_ctrl_c_is_ignored_it_stays_so(echo: str, start: Start) -> None:
     """As in a background job of a shell."""
     sender = start("send", "--connect", echo, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))

@@ -20,6 +20,7 @@ from zmqmsg.sockets import Context
 from conftest import (
     LIMIT,
     LINUX,
+    POSIX,
     Send,
     Serve,
     Start,
@@ -63,6 +64,7 @@ def test_a_req_socket_of_pyomq_is_served(serve: Serve) -> None:
     assert server.finish()[:2] == (0, b"hello\n")
 
 
+@POSIX
 @pytest.mark.parametrize(
     "endpoint", ["tcp://localhost:*", "tcp://[::1]:*", "ipc://{}/a.sock", pytest.param("ipc://@{}", marks=LINUX)]
 )
@@ -89,6 +91,7 @@ def test_a_bind_to_all_addresses_says_so_and_warns(start: Start, tmp_path: Path,
     assert stop(server)[2][0] == f"zmqmsg: listening on all {which} addresses, port 5555"
 
 
+@POSIX
 def test_verbose_says_who_asked_how_much_and_how_long_the_answer_took(context: Context, serve: Serve) -> None:
     server, endpoint = serve("--verbose", "--count", "1", "--exec", "sleep 0.2; echo ok")
     assert ask(context, endpoint, b"one", b"two") == [b"ok\n"]
@@ -97,6 +100,7 @@ def test_verbose_says_who_asked_how_much_and_how_long_the_answer_took(context: C
     assert server.finish()[:2] == (0, b"one\ntwo\n")
 
 
+@POSIX
 def test_verbose_names_an_ipc_peer_by_its_process_and_an_old_peer_not_at_all(
     context: Context, serve: Serve, tmp_path: Path
 ) -> None:
@@ -112,6 +116,7 @@ def test_verbose_names_an_ipc_peer_by_its_process_and_an_old_peer_not_at_all(
 # What cannot be bound or connected to
 
 
+@POSIX
 @pytest.mark.parametrize(
     ("endpoint", "reason"),
     [
@@ -124,6 +129,7 @@ def test_an_endpoint_that_cannot_be_bound_is_a_failure_in_plain_words(start: Sta
     assert start("serve", "--bind", endpoint).finish() == (1, b"", [f"zmqmsg: cannot bind {endpoint}: {reason}"])
 
 
+@POSIX
 def test_a_second_bind_that_fails_leaves_no_ipc_file_behind(start: Start, echo: str, tmp_path: Path) -> None:
     status, output, notices = start("serve", "--bind", f"ipc://{tmp_path}/a.sock", "--bind", echo).finish()
     assert (status, output) == (1, b"")
@@ -153,6 +159,7 @@ def test_a_bad_broker_harms_neither_a_good_one_nor_what_is_bound(context: Contex
 # Workers
 
 
+@POSIX
 def test_one_server_serves_all_that_it_binds_and_connects_to(context: Context, serve: Serve, tmp_path: Path) -> None:
     with broker() as (front, back):
         binds = ["--bind", f"ipc://{tmp_path}/a.sock", "--bind", "tcp://127.0.0.1:*"]
@@ -179,6 +186,7 @@ def test_a_worker_waits_aloud_for_its_broker_loses_it_and_finds_it_again(context
     assert len(notices) == 5, "each wait and each end of it once, no bind, and the count"
 
 
+@POSIX
 def test_four_workers_behind_a_broker_share_the_requests_of_four_senders(start: Start) -> None:
     with broker() as (front, back):
         workers = [start("serve", "--connect", back, "--exec", "sleep 0.2; cat") for _ in range(4)]
@@ -264,6 +272,7 @@ def test_a_client_that_reads_nothing_ends_the_wait_within_35_seconds(serve: Serv
         assert server.wait(35) == 0
 
 
+@POSIX
 def test_the_last_reply_of_a_worker_reaches_its_broker_however_soon_the_request_came(
     context: Context, start: Start, tmp_path: Path
 ) -> None:
@@ -277,6 +286,7 @@ def test_the_last_reply_of_a_worker_reaches_its_broker_however_soon_the_request_
         assert dealer.recv_multipart() == [b"", bytes(size)]
 
 
+@POSIX
 def test_the_last_reply_of_a_worker_reaches_a_broker_that_was_restarted_during_another_request(
     context: Context, start: Start, tmp_path: Path
 ) -> None:
@@ -315,15 +325,6 @@ def test_where_printing_fails_the_request_is_answered_first(
     assert (status, notices[1:]) == (1, [f"zmqmsg: cannot write to standard output: {reason}"])
 
 
-def test_where_the_reader_is_gone_the_request_is_answered_first(context: Context, serve: Serve) -> None:
-    server, endpoint = serve()
-    assert server.popen.stdout
-    server.popen.stdout.close()
-    assert ask(context, endpoint, b"x") == [b"x"]
-    assert server.wait() == 1
-    assert server.notices == [f"zmqmsg: listening on {endpoint}", "(end)"]
-
-
 def test_a_signal_lets_a_slow_reader_have_all_that_is_printed(serve: Serve, send: Send) -> None:
     server, endpoint = serve()
     message = b"x" * 200_000  # more than a pipe holds
@@ -345,6 +346,7 @@ def test_an_output_that_nobody_reads_is_told_of_and_a_signal_ends_the_wait(serve
     assert server.notices[-2] == f"{UNREAD}; 1 request was answered, but not printed"
 
 
+@POSIX
 @pytest.mark.parametrize("command", ["serve", "send"])
 def test_a_non_blocking_output_is_written_as_any_other(
     serve: Serve, send: Send, echo: str, tmp_path: Path, command: str
@@ -386,6 +388,7 @@ def test_a_second_signal_ends_it_at_once_though_its_output_blocks(serve: Serve, 
     assert server.wait() in (1, 128 + signal.SIGINT)
 
 
+@POSIX
 def test_notices_that_nobody_reads_keep_no_signal_from_ending_it(start: Start, tmp_path: Path) -> None:
     endpoint = f"ipc://{tmp_path}/a.sock"
     reading, writing = os.pipe()

@@ -51,7 +51,7 @@ class Terminal:
     @property
     def sane(self) -> bool:
         """Whether the terminal is as it was at first."""
-        return termios.tcgetattr(self.end) == self._attributes
+        return bool(termios.tcgetattr(self.end) == self._attributes)
 
     def all(self) -> dict[str, int]:
         """Return the three standard streams, all on this terminal."""

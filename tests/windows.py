@@ -65,6 +65,10 @@ def make_wheels() -> None:
     download(HOME, "--only-binary=:all:", "--platform=win_amd64", "--python-version=3.13", *requirements())
     for wheel in HOME.glob("*.whl"):
         ZipFile(wheel).extractall(HOME / "wheels")
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    metadata = HOME / "wheels" / "zmqmsg.dist-info" / "METADATA"  # from which --version has it
+    metadata.parent.mkdir()
+    metadata.write_text(f"Metadata-Version: 2.1\nName: zmqmsg\nVersion: {project['version']}\n")
     (HOME / "wheels" / "sitecustomize.py").write_text(
         "import sys\nsys.dont_write_bytecode = False\nsys.pycache_prefix = sys.prefix + r'\\bytecode'\n"
     )

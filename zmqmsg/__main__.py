@@ -15,7 +15,7 @@ def main() -> None:
 
     from zmqmsg.cli import cli
     from zmqmsg.console import show_error
-    from zmqmsg.system import SHORTAGES
+    from zmqmsg.system import READER_GONE, SHORTAGES
 
     try:
         # By default, click for Windows takes *, ? and %VAR% in the arguments for patterns of file names and variables.
@@ -27,9 +27,10 @@ def main() -> None:
         show_error(click.ClickException("out of memory"))
         sys.exit(1)
     except OSError as error:
-        if error.errno not in SHORTAGES:
-            raise
-        show_error(click.ClickException(f"{error.strerror}: raise the limit, for example with: ulimit -n 256"))
+        advice = ": raise the limit, for example with: ulimit -n 256" if error.errno in SHORTAGES else ""
+        if error.errno not in READER_GONE:
+            show_error(click.ClickException(f"{error.strerror}{advice}"))
+        sys.stdout = None  # what is left in its buffer would fail once more, with a traceback
         sys.exit(1)
 
 

@@ -176,6 +176,8 @@ class Program(Answer):
     it, and the second signal ends all of it.
     """
 
+    not_started = "the last request was not answered: its command could not be started"
+
     def __init__(self, command: str, form: Form, attendant: Attendant, max_size: int = -1) -> None:
         """Use the shell command ``command``, for messages in ``form``, until the ``attendant`` asks for the end.
 
@@ -202,7 +204,7 @@ class Program(Answer):
                     raise Failure(reason) from error
                 self._notify_once(f"{reason}; trying again until it can be started")
                 if self._attendant.wait(START_INTERVAL):
-                    raise Unanswered("the last request was not answered: its command could not be started") from None
+                    raise Unanswered(self.not_started) from None
 
     def _notify_once(self, notice: str) -> None:
         if notice not in self._given:
@@ -230,7 +232,7 @@ class Program(Answer):
         if self._form.quoted:
             return quote(frames)
         if len(frames) > 1:
-            self._notify_once("frames are joined for the command; use --quoted to keep them apart")
+            self._notify_once("frames are joined for the command; --quoted keeps them apart, if it reads quoted lines")
         return b"".join(frames)
 
     def _decode(self, line: bytes, printed: bytes) -> Frames:
@@ -274,6 +276,8 @@ class Filter(Program):
     which request; that is the end.
     """
 
+    not_started = "the filter could not be started"
+
     def __enter__(self) -> Self:
         """Start the command."""
         self._process = self._start()
@@ -289,10 +293,14 @@ class Filter(Program):
     def reply_to(self, request: Frames) -> Frames:
         """Return the line that the filter answers with."""
         self.check()
-        line = self._encode(request)
         end = self._form.separator
+        line = self._encode(request).removesuffix(end)
         if end in line:
-            self._notify_once("a request with the end of a line in it got an empty reply; use --quoted to pass it on")
+            notify(
+                "a request of several lines got an empty reply, since a filter reads one; use --exec,"
+                " or --quoted if the filter reads quoted lines",
+                "yellow",
+            )
             return [b""]
         self._process.idle = False
         self._process.printed = 0

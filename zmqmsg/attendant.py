@@ -45,6 +45,7 @@ class Attendant:
         self._output: Output | None = None
         self._stop = Event()
         self._first_signal = 0
+        self._awake = False
         self._commands: set[Popen[bytes]] = set()
         self._starting = Lock()  # held while a command is started and noted
         self._due: dict[str, float] = {}
@@ -77,11 +78,14 @@ class Attendant:
         """Let the main thread look up from its poll."""
         with suppress(OSError):
             self._waker.send(b"\0")
+        self._awake = True  # last, or clear() would leave the byte there, and the main thread could not sleep
 
     def clear(self) -> None:
         """Let the main thread sleep again after ``wake()``."""
-        with suppress(OSError):
-            self.sources[0].recv(4096)
+        if self._awake:
+            self._awake = False
+            with suppress(OSError):
+                self.sources[0].recv(4096)
 
     def wait(self, seconds: float) -> bool:
         """Wait for a request to stop, ``seconds`` at most, and return whether there is one."""
@@ -103,8 +107,9 @@ class Attendant:
         return process
 
     def forget(self, process: "Popen[bytes]") -> None:
-        """Leave a process alone that has ended."""
-        self._commands.discard(process)
+        """Leave a process alone that has ended. If that is because all is being ended, do not go on."""
+        with self._starting:
+            self._commands.discard(process)
 
     # The thread
 

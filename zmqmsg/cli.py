@@ -16,6 +16,9 @@ from zmqmsg import DEFAULT_ENDPOINT
 LEAST_SIZE = 512
 """Bytes that frames must be allowed to have: libzmq applies the limit to the handshake as well (300 with CURVE)."""
 
+MOST_SIZE = 1 << 40
+"""Bytes that frames may be allowed to have."""
+
 
 class Option(click.Option):
     """An option that an empty variable of the environment sets to an empty value.
@@ -60,8 +63,8 @@ def parse_size(text: str) -> int:
     """Return a number of bytes. K, M and G are powers of 1024."""
     match = re.fullmatch("([0-9]{1,10})([KMG]?)", text.upper())
     size = int(match[1]) << 10 * " KMG".index(match[2] or " ") if match else 0
-    if size < LEAST_SIZE:
-        raise ValueError(f"'{text}' is not a size such as 65536, 64M or 1G, and {LEAST_SIZE} at least")
+    if not LEAST_SIZE <= size <= MOST_SIZE:
+        raise ValueError(f"'{text}' is not a size such as 65536, 64M or 1G, {LEAST_SIZE} at least and 1024G at most")
     return size
 
 
@@ -76,12 +79,14 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-class FilePath(click.Path):
-    """A path. An empty one, as of a shell variable that is not set, must not turn an option off."""
+class KeyPath(click.Path):
+    """A path of keys. An empty one, as of a shell variable that is not set, must not turn an option off."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         if not value:
             self.fail("the path is empty", param, ctx)
+        if value == "-":
+            self.fail("'-' is no key file; to read a key from a command, pass <(command)", param, ctx)
         return super().convert(value, param, ctx)
 
 
@@ -134,7 +139,7 @@ BIND_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=True))
 CONNECT_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=False))
 SECONDS = Parsed("seconds", parse_seconds)
 SIZE = Parsed("bytes", parse_size)
-KEY_FILE = FilePath(dir_okay=False)
+KEY_FILE = KeyPath(dir_okay=False)
 INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
 
 option = partial(click.option, cls=Option)
@@ -184,28 +189,22 @@ _key = option("--key", type=KEY_FILE, help="Your CURVE secret key file; created 
 @_raw
 @_max_size
 @_key
-@option("--client-keys", type=FilePath(), help="Accept only clients whose public keys are in this file or directory.")
+@option("--client-keys", type=KeyPath(), help="Accept only clients whose public keys are in this file or directory.")
 @option("--server-key", type=KEY_FILE, help="The broker's CURVE public key file (with --connect).")
 def serve(**options: Any) -> None:
     """Answer requests on a REP socket.
 
-    By default the reply is the request itself. Requests are printed on standard
-    output, each after its reply.
+    By default the reply is the request itself. Requests are printed after it.
 
     \b
     Examples:
-      zmqmsg serve
       zmqmsg serve --reply '{"status": "ok"}'
       zmqmsg serve --exec 'tr a-z A-Z'
       zmqmsg serve --filter 'sed -u s/a/b/'
       zmqmsg serve --bind 'tcp://*:5555' --bind ipc:///tmp/echo.sock
-      zmqmsg serve --connect tcp://127.0.0.1:5556
 
-    Whatever the exit status of a command for --exec, what it printed is the reply:
-    the client of a command that fails gets that, or an empty reply.
-
-    Ctrl-C or SIGTERM stops it after the current request; a second signal ends it at
-    once.
+    What a command for --exec prints is the reply, whatever its exit status. Ctrl-C
+    or SIGTERM stops serve after what it has received; a second one ends it at once.
 
     \b
     Exit status:

@@ -270,7 +270,15 @@ def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
         yield from lines
         return
     file = cast(TextIO, _standard_error)
-    with click.progressbar(length=length, file=file, update_min_steps=length // 200) as bar:
+    columns = os.get_terminal_size(_raw(sys.stderr).fileno()).columns or 80
+    wide = columns >= 60  # what is around the bar takes 10 columns, and 10 more with the time
+    with click.progressbar(
+        length=length,
+        file=file,
+        update_min_steps=length // 200,
+        show_eta=wide,
+        width=36 if wide else max(min(36, columns - 12), 1),
+    ) as bar:
         for line in lines:
             yield line
             bar.update(len(line) + 1)

@@ -35,6 +35,9 @@ REFUSAL_INTERVAL = 60.0
 REFUSAL_LIMIT = 20
 """Refused clients that are told of at most within REFUSAL_INTERVAL."""
 
+NO_KEY = b"0" * 40
+"""A key of zeros, as a program has it that was never given one."""
+
 _HALF = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\n]*)"', re.MULTILINE)
 
 
@@ -71,24 +74,20 @@ class CurveKeys(NamedTuple):
 # What the options ask for
 
 
-def load_keys_as_client(key: str | None, server_key: str | None) -> CurveKeys:
-    """Return the keys of a client that talks to the holder of ``server_key`` alone.
+def load_keys(
+    key: str | None, server_key: str | None, client_keys: str | None = None
+) -> tuple[CurveKeys | None, CurveKeys | None]:
+    """Return the keys of a server with ``key``, which lets in ``client_keys``, and of a client of ``server_key``.
 
-    Without ``key`` it has a key pair of this run only. Raises UsageError, naming the file, if anything is wrong.
+    Without ``client_keys``, the server lets in anybody. Without ``key``, there is no server, and the client has a key
+    pair of this run only. Raises UsageError, naming the file, if anything is wrong.
     """
-    if not server_key:
-        raise click.UsageError("--key needs --server-key: the public key file of the server")
-    public, secret = load_key_pair(key) if key else zmq.curve_keypair()
-    return CurveKeys(public, secret, load_public_key(server_key))
-
-
-def load_keys_as_server(key: str, client_keys: str | None) -> CurveKeys:
-    """Return the keys of a server that lets in the clients whose keys are at ``client_keys``; None: everybody.
-
-    Raises UsageError, naming the file, if anything is wrong.
-    """
-    public, secret = load_key_pair(key)
-    return CurveKeys(public, secret, clients=ClientKeys(client_keys) if client_keys is not None else None)
+    # Each file is read once, as it may be a FIFO, and all others before the key is created.
+    server = load_public_key(server_key) if server_key else b""
+    clients = ClientKeys(client_keys) if client_keys is not None else None
+    pair = load_key_pair(key) if key else None
+    as_server = CurveKeys(*pair, clients=clients) if pair else None
+    return as_server, CurveKeys(*(pair or zmq.curve_keypair()), server) if server else None
 
 
 # Key files, as pyzmq and CZMQ have them
@@ -123,7 +122,7 @@ def load_public_key(path: str, *, fifo: bool = True) -> bytes:
 
 def public_path(path: str) -> str:
     """Return where the public half of the secret key file at ``path`` is."""
-    return path.removesuffix("_secret") if path.endswith(".key_secret") else f"{path}.pub"
+    return path.removesuffix("_secret") if path.endswith("_secret") else f"{path}.pub"
 
 
 def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
@@ -135,15 +134,20 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
         data, status = _read_key_file(path, fifo=fifo)
     except OSError as error:
         raise click.UsageError(f"cannot read key file {path}: {error.strerror}") from error
-    halves = dict(reversed(_HALF.findall(data))) or {b"public": data.strip()}
-    public, secret = halves.get(b"public", b""), halves.get(b"secret")
+    halves = dict(reversed(_HALF.findall(data))) or {b"public": data.rstrip(b"\0").strip()}
+    public, secret = halves.get(b"public"), halves.get(b"secret")
     try:
         valid = all(len(z85.decode(half)) == 32 for half in (public, secret) if half is not None)
     except (ValueError, KeyError, IndexError, struct.error):  # the latter from pyzmq
         valid = False
     if not valid:
         raise click.UsageError(f"{path} is not a CURVE key file: {EXAMPLE}")
-    return public, secret or b"", status
+    derived = zmq.curve_public(secret) if secret else public
+    if (public or derived) != derived or NO_KEY in (public, secret):
+        raise click.UsageError(
+            f"{path} is a key that works with nobody: its halves are no pair, or zeros; make a new one"
+        )
+    return derived or b"", secret or b"", status
 
 
 def _read_key_file(path: str, *, fifo: bool) -> tuple[bytes, os.stat_result]:
@@ -190,7 +194,13 @@ def _write(path: str, text: str, mode: int) -> bool:
         try:
             with open(draft, "x", opener=partial(os.open, mode=mode)) as file:
                 file.write(text)
-            os.link(draft, path)
+            try:
+                os.link(draft, path)
+            except FileExistsError:
+                raise
+            except OSError:  # no hard links here, as on FAT
+                with open(path, "x", opener=partial(os.open, mode=mode)) as file:
+                    file.write(text)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(draft)
@@ -267,11 +277,14 @@ class ClientKeys:
     def _list(self) -> list[str]:
         try:
             with os.scandir(self._path) as entries:
-                return [entry.path for entry in entries]
-        except NotADirectoryError:
-            return [self._path]
+                # Names that begin with a dot are those of drafts, and of the links by which secrets are mounted.
+                return [entry.path for entry in entries if not entry.name.startswith(".")]
         except FileNotFoundError:
             return []
+        except OSError:  # the reason depends on the system
+            if os.path.isfile(self._path):
+                return [self._path]
+            raise
 
     def _read(self, path: str, fingerprint: "Fingerprint") -> tuple["Fingerprint", bytes | None] | None:
         """Return the fingerprint of a file and its key, if it is one; None if that cannot be known just now."""

@@ -307,6 +307,8 @@ def read(peer: "socket", received: bytes, size: int) -> bytes:
 
 def in_words(error: Exception) -> str:
     """Return the system's own words for ``error``."""
+    if isinstance(error, UnicodeError):  # whose words are about codecs
+        return "not a valid name"
     if isinstance(error, TimeoutError):
         return "connection timed out"
     words = getattr(error, "strerror", None) or str(error)

@@ -46,11 +46,17 @@ def run(
     """Send each message and print its reply; the options are those of the command. Raises Failure."""
     form = Form.choose(null=null, quoted=quoted, raw=raw)
     arguments = [form.decode_argument(argument) for argument in message]
+    for argument in message if not connect else ():
+        if argument.startswith(("tcp://", "ipc://")):
+            notify(f"'{argument}' is sent as a message; to connect there, use --connect", "yellow")
     apply_keys = None
-    if key or server_key:
-        from zmqmsg.curve import load_keys_as_client  # 5 ms, for CURVE alone
+    if key and not server_key:
+        raise click.UsageError("--key needs --server-key: the public key file of the server")
+    if server_key:
+        from zmqmsg.curve import load_keys  # 5 ms, for CURVE alone
 
-        apply_keys = load_keys_as_client(key, server_key).apply
+        as_client = load_keys(key, server_key)[1]
+        apply_keys = as_client.apply if as_client else None
     # The shared context: pyzmq would terminate another one, and block on what is not sent yet.
     context: Context = zmq.Context.instance()
     open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, apply_keys=apply_keys)

@@ -11,7 +11,7 @@ import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.answers import Answer, Unanswered, choose_answer
-from zmqmsg.attendant import Attendant
+from zmqmsg.attendant import STOPPING, Attendant
 from zmqmsg.connection import Peer, fail_without_hope, wait
 from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify
 from zmqmsg.quoting import count_of, describe
@@ -53,7 +53,7 @@ def run(
     # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
     raise_descriptor_limit()
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
-    keys_bound, keys_connected = load_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
+    keys_bound, keys_connected = apply_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
     # The shared context: pyzmq would terminate another one, and block on what is not sent yet.
     context: Context = zmq.Context.instance()
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
@@ -73,12 +73,11 @@ def run(
         attendant.start(output)
         for endpoint in endpoints:
             notify_of_endpoint(endpoint, open_to_all=not client_keys)
-        stack.enter_context(answer)
         server.run([listener] if bind else [], peers)
         notify(f"{count_of(server.served, 'request')} served")
 
 
-def load_keys(
+def apply_keys(
     key: str | None, client_keys: str | None, server_key: str | None, *, binds: bool, connects: bool
 ) -> tuple[ApplyKeys | None, ApplyKeys | None]:
     """Return what lets the bound socket, and the connected ones, use CURVE."""
@@ -92,10 +91,10 @@ def load_keys(
         raise click.UsageError("--server-key with --bind needs --key, otherwise the bound endpoint is not encrypted")
     if not (key or server_key):
         return None, None
-    from zmqmsg.curve import load_keys_as_client, load_keys_as_server  # 5 ms, for CURVE alone
+    from zmqmsg.curve import load_keys  # 5 ms, for CURVE alone
 
-    as_server = load_keys_as_server(key, client_keys).apply if key and binds else None
-    return as_server, load_keys_as_client(key, server_key).apply if server_key else None
+    as_server, as_client = load_keys(key, server_key, client_keys)
+    return as_server.apply if as_server and binds else None, as_client.apply if as_client else None
 
 
 ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
@@ -121,6 +120,7 @@ def flush(context: Context, server: "Server", attendant: Attendant) -> None:
         return
     how = "two signals end" if attendant.requested == math.inf else "a second signal ends"
     attendant.serving = False
+    attendant.withdraw(STOPPING)
     attendant.expect(f"waiting for the last reply to reach its client; {how} it at once", NOTICE_DELAY)
     leave_signals_to_other_threads()  # pyzmq gives term() up if a signal interrupts it
     context.term()
@@ -160,43 +160,47 @@ class Server:
         When a stop is requested, what lies ready then is answered: nobody else can. Raises Failure if there is nothing
         left to serve, if there can be no more replies, or if a request cannot be printed.
         """
-        sockets = bound_sockets
         try:
-            while not self._is_over():
-                stopping = self._attendant.requested < math.inf or self._unprinted
-                if stopping:
-                    for socket in sockets:
-                        socket.rcvtimeo = 0
-                if peers:
-                    for peer in peers:
-                        peer.update()
-                    sockets = [*bound_sockets, *(peer.link.socket for peer in peers)]
-                idle = True
-                for socket in sockets:
-                    if request := receive(socket):
-                        self._serve(socket, request)
-                        idle = False
-                        if self._is_over():
-                            break
-                if idle and stopping:
-                    break
-                if idle:
-                    if peers and not bound_sockets:
-                        fail_without_hope(peers)
-                    self._answer.check()
-                    wait(peers, [*sockets, *self._attendant.sources], math.inf)
+            with self._answer:
+                self._answer_all(bound_sockets, peers)
         except Unanswered as unanswered:
             # A client of ours sees its connection end, and asks again.
             notify(str(unanswered), "yellow")
-        if self._has_no_time_left() and any(socket.poll(0) for socket in sockets):
-            notify(
-                f"stopping after {STOP_LIMIT:g} s; requests that were received and still wait are not answered",
-                "yellow",
-            )
         if self._unprinted:
             raise Failure(
                 f"standard output is closed; {count_of(self._unprinted, 'request')} answered, but not printed"
             )
+
+    def _answer_all(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer]) -> None:
+        sockets = bound_sockets
+        while not self._is_over():
+            stopping = self._attendant.requested < math.inf or self._unprinted
+            if stopping:
+                for socket in sockets:
+                    socket.rcvtimeo = 0
+            if peers:
+                for peer in peers:
+                    peer.update()
+                sockets = [*bound_sockets, *(peer.link.socket for peer in peers)]
+            idle = True
+            for socket in sockets:
+                if request := receive(socket):
+                    self._serve(socket, request)
+                    idle = False
+                    if self._is_over():
+                        break
+            if idle and stopping:
+                break
+            if idle:
+                if peers and not bound_sockets:
+                    fail_without_hope(peers)
+                self._attendant.clear()
+                if self._attendant.requested < math.inf:  # what woke us was that
+                    continue
+                self._answer.check()
+                wait(peers, [*sockets, *self._attendant.sources], math.inf)
+        if self._has_no_time_left() and any(socket.poll(0) for socket in sockets):
+            notify(f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered", "yellow")
 
     def _is_over(self) -> bool:
         return self.served == self._count or self._has_no_time_left()

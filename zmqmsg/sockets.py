@@ -4,7 +4,7 @@ import errno
 import os
 import re
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.console import Failure
+from zmqmsg.diagnosis import resolve_numeric
 from zmqmsg.system import HAS_CONNECTION_TIMEOUT, start_thread, unix_family
 
 Socket = zmq.Socket[bytes]
@@ -30,7 +31,7 @@ RECEIVE_LIMIT = 16
 """Messages that libzmq receives ahead from each peer, so that none can fill the memory. With 8, a stream of small
 messages takes 5 % longer; with 1, a CURVE server with a ZAP handler receives nothing."""
 
-_TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:%]+\]):(?P<port>\*|\d{1,5})", re.ASCII)
+_TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:]+(?:%[\w.-]+)?\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
 # libzmq's own numbers: on Windows they are not those of Python's errno.
 _REASONS = {
@@ -55,7 +56,9 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
     elif endpoint.startswith("ipc://"):
         example = "ipc:///tmp/zmqmsg.sock"
         path = endpoint.encode().removeprefix(b"ipc://")
-        if path in (b"", b"@", b"*") or len(path) > zmq.IPC_PATH_MAX_LEN:
+        if not zmq.has("ipc"):
+            example, problem = DEFAULT_ENDPOINT, "needs Unix sockets, which ZeroMQ does not have on this system"
+        elif path in (b"", b"@") or path.startswith(b"*") or len(path) > zmq.IPC_PATH_MAX_LEN:
             problem = f"needs a path of 1 to {zmq.IPC_PATH_MAX_LEN} bytes, without wildcards"
     elif not (match := _TCP.fullmatch(endpoint)):
         problem = "is neither tcp://HOST:PORT (IPv6 in brackets) nor ipc://PATH"
@@ -158,24 +161,33 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
 
 
 def _attach(attach: Callable[[str], object], socket: Socket, endpoint: str, verb: str) -> None:
-    # With IPV6 on, libzmq tries localhost as ::1 alone.
-    socket.ipv6 = "[" in endpoint
     failures: list[zmq.ZMQError] = []
 
+    def try_each(endpoints: Iterable[str]) -> None:
+        for each in endpoints:
+            # With IPV6 on, libzmq tries localhost as ::1 alone.
+            socket.ipv6 = "[" in each
+            try:
+                attach(each)
+            except zmq.ZMQError as error:
+                failures.append(error)
+            else:
+                failures.clear()
+                return
+
     def run() -> None:
-        try:
-            attach(endpoint)
-        except zmq.ZMQError as error:
-            failures.append(error)
+        try_each([endpoint])
+        if failures and failures[0].errno == errno.ENODEV:  # it may have IPv6 addresses alone
+            try_each(next(resolve_numeric(endpoint.replace("*", "0"))))
 
     if is_named(endpoint):
         # To bind a name may take as long as a name server likes, and meanwhile Python could not handle signals.
         start_thread(run).join()
     else:
-        run()
-    for error in failures:
-        reason = _REASONS.get(error.errno or 0, error.strerror)
-        raise Failure(f"cannot {verb} {endpoint}: {reason}") from error
+        try_each([endpoint])
+    if failures:
+        reason = _REASONS.get(failures[0].errno or 0, failures[0].strerror)
+        raise Failure(f"cannot {verb} {endpoint}: {reason}") from failures[0]
 
 
 def _is_taken(path: str) -> bool:

@@ -1,0 +1,146 @@
+"""What is different on Windows, and what its users meet first."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+
+from zmqmsg.sockets import Context
+
+from conftest import WINDOWS, Send, Serve, Start, ask, stop
+
+pytestmark = WINDOWS
+
+PYTHON = f'"{sys.executable}"'
+CAT = f'{PYTHON} -c "import sys; sys.stdout.buffer.write(sys.stdin.buffer.read())"'
+UPPER = f'{PYTHON} -u -c "for line in open(0): print(line.strip().upper())"'
+
+
+def test_arguments_are_not_expanded(echo: str, send: Send) -> None:
+    done = send("--connect", echo, "*", "?", "~", "%PATH%", "$PATH")
+    assert (done.returncode, done.stdout) == (0, b"*\n?\n~\n%PATH%\n$PATH\n")
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "expected"),
+    [
+        ([], b"dir\r\nls\r\n\r\n", b"dir\nls\n\n"),
+        ([], b"a\rb\r\r\nno end\r", b"a\rb\r\nno end\r\n"),
+        (["--null"], b"one\r\ntwo\r\n\0", b"one\r\ntwo\r\n\0"),
+        (["--file", "-"], b"one\r\n", b"one\r\n\n"),
+    ],
+)
+def test_the_cr_before_the_end_of_a_plain_line_belongs_to_the_end(
+    echo: str, send: Send, options: list[str], given: bytes, expected: bytes
+) -> None:
+    done = send("--connect", echo, *options, input=given)
+    assert (done.returncode, done.stdout) == (0, expected)
+
+
+def test_sixteen_mebibytes_are_exact_in_both_directions(serve: Serve, send: Send, tmp_path: Path) -> None:
+    body = os.urandom(16 << 20)
+    (tmp_path / "body").write_bytes(body)
+    server, endpoint = serve("--raw", "--count", "1")
+    done = send("--raw", "--connect", endpoint, "--file", str(tmp_path / "body"))
+    assert (done.returncode, done.stdout) == (0, body)
+    assert server.finish()[:2] == (0, body)
+
+
+def test_each_line_is_sent_as_soon_as_it_is_there(echo: str, start: Start) -> None:
+    client = start("send", "--connect", echo)
+    for line in (b"one", b"two"):
+        client.send_line(line)
+        assert client.read_line() == line
+    assert client.finish()[0] == 0
+
+
+def test_address_in_use_is_told_in_words(start: Start, echo: str) -> None:
+    status, _, notices = start("serve", "--bind", echo).finish()
+    assert (status, notices) == (
+        1,
+        [f"zmqmsg: cannot bind {echo}: address in use; stop the server there, or choose another address"],
+    )
+
+
+def test_a_closed_output_ends_send_silently(echo: str, start: Start) -> None:
+    client = start("send", "--connect", echo)
+    client.send_line(b"one")
+    assert client.read_line() == b"one"
+    assert client.popen.stdout
+    client.popen.stdout.close()
+    client.send_line(b"two")
+    assert (client.wait(), client.notices) == (1, ["(end)"])
+
+
+def test_ctrl_c_ends_an_idle_server_in_order(serve: Serve) -> None:
+    server, _ = serve()
+    status, _, notices = stop(server, signal.SIGINT)
+    assert (status, notices[-1]) == (0, "zmqmsg: 0 requests served")
+
+
+def test_ctrl_c_during_a_request_lets_it_be_answered(serve: Serve, start: Start) -> None:
+    command = f'{PYTHON} -c "import sys, time; print(1, file=sys.stderr); time.sleep(2); print(2)"'
+    server, endpoint = serve("--exec", command)
+    client = start("send", "--connect", endpoint, "x")
+    server.wait_for_notice("^1")
+    assert stop(server, signal.SIGINT)[0] == 0
+    assert client.finish()[:2] == (0, b"2\r\n\n")
+
+
+def test_ctrl_c_twice_ends_it_at_once(serve: Serve, start: Start) -> None:
+    command = f'{PYTHON} -c "import sys, time; print(1, file=sys.stderr); time.sleep(8)"'
+    server, endpoint = serve("--exec", command)
+    start("send", "--connect", endpoint, "x")
+    server.wait_for_notice("^1")
+    server.signal(signal.SIGINT)
+    server.wait_for_notice("stopping after the current request")
+    server.signal(signal.SIGINT)
+    assert server.popen.wait(10) == 128 + signal.SIGINT
+
+
+def test_a_command_of_the_shell_answers_byte_for_byte(context: Context, serve: Serve) -> None:
+    body = bytes(range(256)) * 300
+    _, endpoint = serve("--exec", CAT)
+    assert ask(context, endpoint, body) == [body]
+    _, endpoint = serve("--exec", "echo ok")
+    assert ask(context, endpoint, b"x") == [b"ok\r\n"]
+
+
+def test_a_filter_answers_line_by_line(serve: Serve, send: Send) -> None:
+    server, endpoint = serve("--filter", UPPER, "--count", "2")
+    assert send("--connect", endpoint, "one", "two").stdout == b"ONE\nTWO\n"
+    assert server.finish()[:2] == (0, b"one\ntwo\n")
+
+
+def test_a_filter_that_ends_ends_serve(serve: Serve, start: Start) -> None:
+    server, endpoint = serve("--filter", f'{PYTHON} -c "input(); exit(3)"')
+    client = start("send", "--connect", endpoint, "--retries", "0", "x")
+    status, _, notices = server.finish()
+    assert (status, notices[-1]) == (1, "zmqmsg: the filter exited with status 3, so there can be no more replies")
+    assert client.finish()[0] == 3
+
+
+def test_a_key_that_is_overwritten_in_place_is_not_in_force_any_more(serve: Serve, send: Send, tmp_path: Path) -> None:
+    (tmp_path / "clients").mkdir()
+    server = ["--key", str(tmp_path / "server.key_secret"), "--client-keys", str(tmp_path / "clients")]
+    _, endpoint = serve(*server)
+
+    def status_of(name: str) -> int:
+        keys = ["--key", str(tmp_path / f"{name}.key_secret"), "--server-key", str(tmp_path / "server.key")]
+        return send("--connect", endpoint, "--timeout", "10", *keys, "x").returncode
+
+    assert [status_of("alice"), status_of("bob")] == [1, 1]
+    listed = tmp_path / "clients" / "one.key"
+    listed.write_bytes((tmp_path / "alice.key").read_bytes())
+    assert [status_of("alice"), status_of("bob")] == [0, 1]
+    listed.write_bytes((tmp_path / "bob.key").read_bytes())
+    assert [status_of("alice"), status_of("bob")] == [1, 0]
+    listed.unlink()
+    assert status_of("bob") == 1
+
+
+def test_latencies_are_more_than_nothing(echo: str, send: Send) -> None:
+    notices = send("--verbose", "--connect", echo, "x").stderr.decode()
+    assert "byte, 0.00 ms" not in notices
