@@ -22,8 +22,9 @@ import zmqmsg
 from zmqmsg.answers import Answer
 from zmqmsg.attendant import Attendant
 from zmqmsg.console import Form
+from zmqmsg.listener import bound
 from zmqmsg.serve import Server
-from zmqmsg.sockets import Context, Socket, bound, open_socket
+from zmqmsg.sockets import Context, Socket, open_socket
 
 COMMAND = [sys.executable, "-m", "zmqmsg"]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")

@@ -853,6 +853,7 @@ def test_where_there_are_no_hard_links_a_key_is_created_all_the_same(
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@POSIX
 def test_names_that_begin_with_a_dot_are_no_client_keys(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A container's orchestrator mounts a directory by links to ``..data``."""
     public, _ = zmq.curve_keypair()

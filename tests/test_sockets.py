@@ -9,7 +9,8 @@ import pytest
 import zmq
 
 from zmqmsg.console import Failure
-from zmqmsg.sockets import Context, bound, check_endpoint, connect, is_local, open_socket, receive, send
+from zmqmsg.listener import bound, is_local
+from zmqmsg.sockets import Context, check_endpoint, connect, open_socket, receive, send
 
 from conftest import LIMIT, LINUX, POSIX, WINDOWS
 

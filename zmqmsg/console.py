@@ -29,6 +29,12 @@ NOTICE_DELAY = 1.0
 RETRY_INTERVAL = 0.01
 """Seconds from one try to the next at a non-blocking stream that is not ready."""
 
+CLIENT_INTERVAL = 60.0
+"""Seconds in which the user is told of the same client once."""
+
+CLIENT_LIMIT = 20
+"""Clients that the user is told of at most within CLIENT_INTERVAL."""
+
 CURSOR_SEQUENCES = re.compile(r"\033\[\?25[lh]")
 
 
@@ -138,6 +144,31 @@ def notify(text: str, colour: str = "cyan") -> None:
 def _has_colours() -> bool:
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
     return COLOURS and not plain and _standard_error.isatty()
+
+
+class ClientNotices:
+    """Tells of clients that do not get in: of each once in a while, and not of too many."""
+
+    def __init__(self) -> None:
+        self._given: dict[tuple[str, str], float] = {}
+        self._hidden_since = -math.inf
+
+    def report(self, address: str, notice: str) -> None:
+        """Give ``notice`` of a client at ``address``."""
+        now = time.monotonic()
+        self._given = {client: since for client, since in self._given.items() if now - since < CLIENT_INTERVAL}
+        if (address, notice) in self._given:
+            return
+        if len(self._given) < CLIENT_LIMIT:
+            self._given[address, notice] = now
+            notify(notice, "yellow")
+        elif now - self._hidden_since >= CLIENT_INTERVAL:
+            self._hidden_since = now
+            notify("further refusals are not shown for a while", "yellow")
+
+    def forget(self, address: str, notice: str) -> None:
+        """Give ``notice`` again when it is due: the client has got in meanwhile."""
+        self._given.pop((address, notice), None)
 
 
 def show_error(error: click.ClickException) -> None:

@@ -17,7 +17,7 @@ import click
 import zmq
 from zmq.utils import z85
 
-from zmqmsg.console import notify
+from zmqmsg.console import ClientNotices, notify
 from zmqmsg.sockets import Context, Socket, new_socket
 from zmqmsg.system import SHORTAGES, others_may_read, start_thread
 
@@ -28,12 +28,6 @@ EXAMPLE = 'it has a line like this one: public-key = "Yne@$w-vo<fVvi]a<NY6T1ed:M
 
 SCAN_SHARE = 5
 """How many times the duration of the last scan of all client keys passes before the next one, for unknown keys."""
-
-REFUSAL_INTERVAL = 60.0
-"""Seconds in which the same refused client is told of once."""
-
-REFUSAL_LIMIT = 20
-"""Refused clients that are told of at most within REFUSAL_INTERVAL."""
 
 NO_KEY = b"0" * 40
 """A key of zeros, as a program has it that was never given one."""
@@ -315,31 +309,6 @@ def _fingerprint_of(path: str) -> Fingerprint:
     return status.st_ino, status.st_size, status.st_ctime_ns, status.st_mtime_ns
 
 
-class RefusedClients:
-    """Tells of clients that do not get in: of each once in a while, and not of too many."""
-
-    def __init__(self) -> None:
-        self._given: dict[tuple[str, str], float] = {}
-        self._hidden_since = -math.inf
-
-    def report(self, address: str, notice: str) -> None:
-        """Give ``notice`` of a client at ``address``."""
-        now = time.monotonic()
-        self._given = {client: since for client, since in self._given.items() if now - since < REFUSAL_INTERVAL}
-        if (address, notice) in self._given:
-            return
-        if len(self._given) < REFUSAL_LIMIT:
-            self._given[address, notice] = now
-            notify(notice, "yellow")
-        elif now - self._hidden_since >= REFUSAL_INTERVAL:
-            self._hidden_since = now
-            notify("further refusals are not shown for a while", "yellow")
-
-    def forget(self, address: str, notice: str) -> None:
-        """Give ``notice`` again when it is due: the client has got in meanwhile."""
-        self._given.pop((address, notice), None)
-
-
 def start_zap_handler(context: Context, clients: ClientKeys) -> None:
     """Start a thread that lets the holders of ``clients`` in, and nobody else; it ends with ``context``.
 
@@ -363,7 +332,7 @@ class _Judge:
 
     def __init__(self, clients: ClientKeys) -> None:
         self._clients = clients
-        self._refused = RefusedClients()
+        self._refused = ClientNotices()
         self._unreadable = ""  # why the keys could not be read at the last look
 
     def answer(self, request: list[bytes]) -> list[bytes]:

@@ -35,6 +35,9 @@ GREETING_VERSION = b"\x03\x00"
 GREETING_REST = b"NULL".ljust(20, b"\0") + bytes(32)
 """The rest of a ZMTP 3.0 greeting: the mechanism, as-server and filler."""
 
+READY = b"\x04\x19\x05READY\x0bSocket-Type" + (3).to_bytes(4) + b"REQ"
+"""The command that ends a handshake of ours: flags, length, name, and one property with the length of its value."""
+
 OLD_TYPES = ("PAIR", "PUB", "SUB", "REQ", "REP", "DEALER", "ROUTER", "PULL", "PUSH", "XPUB", "XSUB")
 """The socket types of ZMTP 2, in the order of their numbers."""
 
@@ -258,7 +261,10 @@ def read_answer(peer: "socket", received: bytes, wanted: Collection[str], *, cur
         return
 
     peer.sendall(GREETING_REST)
-    yield judge_type(read_socket_type(peer, received), wanted)
+    socket_type = read_socket_type(peer, received)
+    if socket_type in ("REP", "ROUTER"):
+        peer.sendall(READY)  # or the server would report a client that hangs up
+    yield judge_type(socket_type, wanted)
 
 
 def read_socket_type(peer: "socket", received: bytes) -> str:

@@ -14,8 +14,9 @@ from zmqmsg.answers import Answer, Unanswered, choose_answer
 from zmqmsg.attendant import STOPPING, Attendant
 from zmqmsg.connection import Peer, fail_without_hope, wait
 from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify
+from zmqmsg.listener import bound, notify_of_endpoint, watch_handshakes
 from zmqmsg.quoting import count_of, describe
-from zmqmsg.sockets import ApplyKeys, Context, Socket, bound, is_local, open_socket, receive, send
+from zmqmsg.sockets import ApplyKeys, Context, Socket, open_socket, receive, send
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 
 STOP_LIMIT = 5.0
@@ -62,6 +63,8 @@ def run(
     with ExitStack() as stack:
         stack.callback(flush, context, server, attendant)
         listener = stack.enter_context(open_rep(apply_keys=keys_bound))
+        if verbose and bind:
+            watch_handshakes(listener)
         listener.rcvtimeo = 0 if connect else RECEIVE_WAIT_MS
         open_worker = partial(open_rep, apply_keys=keys_connected)
         peers = [
@@ -95,20 +98,6 @@ def apply_keys(
 
     as_server, as_client = load_keys(key, server_key, client_keys)
     return as_server.apply if as_server and binds else None, as_client.apply if as_client else None
-
-
-ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
-
-
-def notify_of_endpoint(endpoint: str, *, open_to_all: bool) -> None:
-    """Tell the user what is bound, with a warning if other machines can reach it and nobody is kept out."""
-    host, _, port = endpoint.rpartition(":")
-    everywhere = ALL_ADDRESSES.get(host)
-    notify(f"listening on {everywhere}, port {port}" if everywhere else f"listening on {endpoint}")
-    if open_to_all and not is_local(endpoint):
-        where = f"port {port}" if everywhere else endpoint
-        text = f"anyone who can reach {where} can use it; restrict access with --key and --client-keys"
-        notify(f"warning: {text}", "yellow")
 
 
 def flush(context: Context, server: "Server", attendant: Attendant) -> None:

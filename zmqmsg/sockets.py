@@ -1,19 +1,16 @@
-"""What both commands share: endpoints are checked; sockets are opened, bound and connected; messages go in and out."""
+"""What both commands share: endpoints are checked; sockets are opened and connected; messages go in and out."""
 
 import errno
-import os
 import re
-import stat
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.console import Failure
 from zmqmsg.diagnosis import resolve_numeric
-from zmqmsg.system import HAS_CONNECTION_TIMEOUT, start_thread, unix_family
+from zmqmsg.system import HAS_CONNECTION_TIMEOUT, start_thread
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
@@ -69,17 +66,6 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
     if problem:
         raise ValueError(f"'{endpoint}' {problem}; for example {example}")
     return endpoint
-
-
-def is_local(endpoint: str) -> bool:
-    """Return whether only this machine can reach ``endpoint``, which is bound."""
-    return endpoint.startswith(("tcp://127.", "tcp://[::1]", "ipc://"))
-
-
-def ipc_path(endpoint: str) -> str:
-    """Return the path of the socket file of ``endpoint``; empty if it has none."""
-    # A name that begins with @ is an abstract one of Linux: no file.
-    return endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
 
 
 def new_socket(context: Context, socket_type: int) -> Socket:
@@ -138,29 +124,11 @@ def is_named(endpoint: str) -> bool:
 
 def connect(socket: Socket, endpoint: str) -> None:
     """Connect ``socket``; raise Failure if libzmq does not accept ``endpoint``."""
-    _attach(socket.connect, socket, endpoint, "connect to")
+    attach_to(socket.connect, socket, endpoint, "connect to")
 
 
-@contextmanager
-def bound(socket: Socket, endpoint: str) -> Iterator[str]:
-    """Bind ``socket`` for the time of the context, which gets the real endpoint, its port resolved.
-
-    Raises Failure if it cannot be bound. At the end an ipc socket file is removed: libzmq leaves it behind.
-    """
-    path = ipc_path(endpoint)
-    if path and _is_taken(path):
-        raise Failure(f"cannot bind {endpoint}: a server or a file is there already; choose another path")
-    _attach(socket.bind, socket, endpoint, "bind")
-    inode = os.lstat(path).st_ino if path else None
-    try:
-        yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
-    finally:
-        with suppress(OSError):
-            if path and os.lstat(path).st_ino == inode:
-                os.unlink(path)
-
-
-def _attach(attach: Callable[[str], object], socket: Socket, endpoint: str, verb: str) -> None:
+def attach_to(attach: Callable[[str], object], socket: Socket, endpoint: str, verb: str) -> None:
+    """Bind or connect ``socket`` to ``endpoint`` by its method ``attach``; raise Failure if that cannot be done."""
     failures: list[zmq.ZMQError] = []
 
     def try_each(endpoints: Iterable[str]) -> None:
@@ -188,18 +156,6 @@ def _attach(attach: Callable[[str], object], socket: Socket, endpoint: str, verb
     if failures:
         reason = _REASONS.get(failures[0].errno or 0, failures[0].strerror)
         raise Failure(f"cannot {verb} {endpoint}: {reason}") from failures[0]
-
-
-def _is_taken(path: str) -> bool:
-    """Return whether there is more than a stale socket at ``path``: libzmq would unlink whatever it is."""
-    import socket  # 3 ms, for servers on ipc paths alone
-
-    with suppress(OSError), socket.socket(unix_family()) as probe:
-        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
-        probe.setblocking(False)
-        # Only where nobody listens is it refused; a busy server answers EAGAIN.
-        return not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED
-    return False
 
 
 def receive(socket: Socket) -> list[zmq.Frame]:

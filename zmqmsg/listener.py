@@ -1,0 +1,149 @@
+"""What ``serve`` binds: the endpoints, what the user is told of them, and the clients that do not get through."""
+
+import errno
+import os
+import re
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import cast
+
+import zmq
+
+from zmqmsg.console import ClientNotices, Failure, notify
+from zmqmsg.sockets import Socket, attach_to, new_socket
+from zmqmsg.system import start_thread, unix_family
+
+ACCEPTED = int(zmq.EVENT_ACCEPTED)
+DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
+HANDSHAKE_DONE = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+HANDSHAKE_REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+HANDSHAKE_BROKEN = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+HANDSHAKE_WRONG = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+
+HUNG_UP = (
+    "the handshake was broken off: its socket is no REQ or DEALER, it does not speak ZeroMQ,"
+    " or one side has keys, and the other has none"
+)
+WRONG = {
+    int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH): "one side has keys, and the other has none",
+    int(zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC): "its --server-key is not the key of this server",
+}
+
+
+@contextmanager
+def bound(socket: Socket, endpoint: str) -> Iterator[str]:
+    """Bind ``socket`` for the time of the context, which gets the real endpoint, its port resolved.
+
+    Raises Failure if it cannot be bound. At the end an ipc socket file is removed: libzmq leaves it behind.
+    """
+    path = ipc_path(endpoint)
+    if path and _is_taken(path):
+        raise Failure(f"cannot bind {endpoint}: a server or a file is there already; choose another path")
+    attach_to(socket.bind, socket, endpoint, "bind")
+    inode = os.lstat(path).st_ino if path else None
+    try:
+        yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
+    finally:
+        with suppress(OSError):
+            if path and os.lstat(path).st_ino == inode:
+                os.unlink(path)
+
+
+def is_local(endpoint: str) -> bool:
+    """Return whether only this machine can reach ``endpoint``, which is bound."""
+    return endpoint.startswith(("tcp://127.", "tcp://[::1]", "ipc://"))
+
+
+def ipc_path(endpoint: str) -> str:
+    """Return the path of the socket file of ``endpoint``; empty if it has none."""
+    # A name that begins with @ is an abstract one of Linux: no file.
+    return endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
+
+
+def _is_taken(path: str) -> bool:
+    """Return whether there is more than a stale socket at ``path``: libzmq would unlink whatever it is."""
+    import socket  # 3 ms, for servers on ipc paths alone
+
+    with suppress(OSError), socket.socket(unix_family()) as probe:
+        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
+        probe.setblocking(False)
+        # Only where nobody listens is it refused; a busy server answers EAGAIN.
+        return not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED
+    return False
+
+
+ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
+
+
+def notify_of_endpoint(endpoint: str, *, open_to_all: bool) -> None:
+    """Tell the user what is bound, with a warning if other machines can reach it and nobody is kept out."""
+    host, _, port = endpoint.rpartition(":")
+    everywhere = ALL_ADDRESSES.get(host)
+    notify(f"listening on {everywhere}, port {port}" if everywhere else f"listening on {endpoint}")
+    if open_to_all and not is_local(endpoint):
+        where = f"port {port}" if everywhere else endpoint
+        text = f"anyone who can reach {where} can use it; restrict access with --key and --client-keys"
+        notify(f"warning: {text}", "yellow")
+
+
+def watch_handshakes(socket: Socket) -> None:
+    """Let the user be told of the clients of ``socket``, which is not bound yet, whose handshakes fail.
+
+    A thread reads the monitor all the time: one that nobody reads stops the server, which may wait for a command.
+    Raises Failure, or OSError, if something for that is lacking.
+    """
+    address = "inproc://zmqmsg.listener"
+    handshake = HANDSHAKE_DONE | HANDSHAKE_REFUSED | HANDSHAKE_BROKEN | HANDSHAKE_WRONG
+    socket.monitor(address, ACCEPTED | DISCONNECTED | handshake)
+    monitor = new_socket(socket.context, zmq.PAIR)
+    monitor.rcvhwm = 0  # before it connects
+    monitor.linger = 0
+    monitor.connect(address)
+    start_thread(lambda: _report_handshakes(monitor))
+
+
+def _report_handshakes(monitor: Socket) -> None:
+    notices = ClientNotices()
+    addresses: dict[int, str] = {}  # of each connection, by its descriptor
+    unfinished: set[int] = set()  # connections whose handshakes have certainly not succeeded
+    explained: set[str] = set()  # addresses of which more is known than that they hang up
+    reason = ""
+    with monitor, suppress(zmq.ContextTerminated):
+        while True:
+            event, value = struct.unpack("=HI", monitor.recv_multipart()[0])
+            if event == ACCEPTED:
+                addresses[value] = _peer_address(value)
+                unfinished.add(value)
+            elif event in (HANDSHAKE_DONE, HANDSHAKE_REFUSED):  # whose, libzmq does not say; curve tells of the latter
+                unfinished.clear()
+            elif event == HANDSHAKE_WRONG:
+                reason = WRONG.get(value, "it broke the protocol of the handshake")
+            elif event == HANDSHAKE_BROKEN:
+                reason = HUNG_UP
+            elif event == DISCONNECTED:  # which follows the others, and says whose they are
+                address = addresses.pop(value, "an unknown address")
+                # It ends without a word where our side finds a socket of the wrong type first.
+                reason = reason or (HUNG_UP if value in unfinished else "")
+                unfinished.discard(value)
+                # A client that looks why it does not get through hangs up as well.
+                if reason and not (reason is HUNG_UP and address in explained):
+                    notices.report(address, f"a client from {address} did not get through: {reason}")
+                if reason and reason is not HUNG_UP:
+                    explained.add(address)
+                reason = ""
+
+
+def _peer_address(descriptor: int) -> str:
+    """Return the address of whoever is connected to the socket with this ``descriptor`` of libzmq."""
+    from socket import socket
+
+    with suppress(OSError):  # it is gone already
+        peer = socket(fileno=descriptor)
+        try:
+            name = peer.getpeername()
+            return str(name[0]) if isinstance(name, tuple) else "a Unix socket"
+        finally:
+            peer.detach()
+    return "an unknown address"
