@@ -885,3 +885,17 @@ def test_a_key_from_a_fifo_serves_bound_and_connected_sockets(
     _server, endpoint = serve("--key", f"{tmp_path}/fifo", *connected)
     writer.join(LIMIT)
     assert let_in(context, endpoint, keys.server, keys.alice.key) == [True]
+
+
+def test_a_client_that_was_let_in_meanwhile_is_told_of_again(
+    keys: Keys, clients: Path, guarded: Serve, send: Send
+) -> None:
+    server, endpoint = guarded()
+    alice = ["--connect", endpoint, *as_client(keys.alice, keys.server), "x"]
+    for status in (1, 0, 1):
+        assert send(*alice).returncode == status
+        if status:
+            shutil.copy(keys.alice.public, clients)
+        else:
+            (clients / keys.alice.public.name).unlink()
+    assert sum("refused a client" in notice for notice in stop(server)[2]) == 2

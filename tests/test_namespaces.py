@@ -68,11 +68,19 @@ def test_process_1_serves_until_the_first_signal_and_ends_at_the_second(
     assert server.wait() == 128 + signal.SIGTERM
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["--exec", "sleep 0.1 >/dev/null 2>&1 & cat"],
+        ["--filter", "while read -r line; do sleep 0.1 >/dev/null 2>&1 & echo $line; done"],
+    ],
+    ids=["exec", "filter"],
+)
 def test_process_1_reaps_what_its_commands_have_left_running(
-    inside: Callable[..., Process], send: Send, tmp_path: Path
+    inside: Callable[..., Process], send: Send, tmp_path: Path, command: list[str]
 ) -> None:
     endpoint = f"ipc://{tmp_path}/socket"
-    server = inside(AS_PROCESS_1, "serve", "--bind", endpoint, "--exec", "sleep 0.1 >/dev/null 2>&1 & cat")
+    server = inside(AS_PROCESS_1, "serve", "--bind", endpoint, *command)
     server.wait_for_notice("listening")
     assert send("--connect", endpoint, *"abc").stdout == b"a\nb\nc\n"
     time.sleep(0.5)
@@ -149,11 +157,12 @@ def test_a_network_that_goes_nowhere_is_told_in_the_words_of_the_system(
     assert sender.wait_for_notice("zmqmsg: (.*)")[1] == f"waiting for tcp://192.0.2.1:5555: {reason}"
 
 
-def test_a_name_with_an_ipv6_address_alone_needs_no_brackets(inside: Callable[..., Process]) -> None:
-    script = """exec unshare -nm sh -c 'ip link set lo up
-    echo ::1 six.example > hosts; mount --bind hosts /etc/hosts
-    "$1" -m zmqmsg serve --bind tcp://[::1]:5555 --count 1 & exec "$@"' sh "$@" """
-    sender = inside(script, "send", "--connect", "tcp://six.example:5555", "x")
+@pytest.mark.parametrize("bound", ["[fd00::1]", "six.example"])
+def test_a_name_with_an_ipv6_address_alone_needs_no_brackets(inside: Callable[..., Process], bound: str) -> None:
+    script = """exec unshare -nm sh -c 'ip link set lo up; ip addr add fd00::1/64 dev lo nodad
+    echo fd00::1 six.example > hosts; mount --bind hosts /etc/hosts
+    "$1" -m zmqmsg serve --bind tcp://BOUND:5555 --count 1 & exec "$@"' sh "$@" """
+    sender = inside(script.replace("BOUND", bound), "send", "--connect", "tcp://six.example:5555", "x")
     assert b"x\n" in sender.finish()[1]
     assert sender.popen.returncode == 0
 

@@ -519,3 +519,32 @@ def test_where_ctrl_c_is_ignored_it_stays_so(echo: str, start: Start) -> None:
         exchange(sender)
         sender.signal(signal.SIGINT)
     assert sender.finish()[0] == 0
+
+
+# Beyond the usual
+
+
+def test_an_endpoint_as_a_message_is_sent_with_a_notice(send: Send) -> None:
+    done = send("--timeout", "0.1", "tcp://127.0.0.1:1", "hi", env=os.environ | {"ZMQMSG_SEND_RETRIES": "0"})
+    assert b"zmqmsg: 'tcp://127.0.0.1:1' is sent as a message; to connect there, use --connect\n" in done.stderr
+
+
+@POSIX
+def test_there_may_be_more_endpoints_than_libzmq_has_sockets(echo: str, send: Send) -> None:
+    nobody = connects(*(f"tcp://127.0.0.1:{port}" for port in range(1, 400)))
+    done = send(*nobody, "--connect", echo, "hi")
+    assert (done.returncode, done.stdout) == (0, b"hi\n")
+
+
+def test_a_hung_server_in_the_place_of_an_old_one_gets_nothing(start: Start) -> None:
+    def stay_mute(connection: socket.socket) -> None:
+        while connection.recv(4096):
+            pass
+
+    with listening(echo_as_zmtp_2) as endpoint:
+        sender = start("send", "--connect", endpoint, "--timeout", "3", "--retries", "0")
+        exchange(sender)
+    with listening(stay_mute, endpoint):
+        sender.send_line(b"two")
+        status, _, notices = sender.finish()
+    assert (status, "no server at" in notices[-1]) == (1, True)

@@ -285,6 +285,19 @@ def test_a_long_redirected_file_has_a_progress_bar(
     assert written.endswith(b"\n")
 
 
+def test_the_bar_fits_a_narrow_terminal_that_knows_no_sequences(
+    terminal: Terminal, on_terminal: OnTerminal, long_file: Path
+) -> None:
+    termios.tcsetwinsize(terminal.end, (45, 20))
+    environment = {name: value for name, value in PLAIN.items() if name != "NO_COLOR"} | {"TERM": "dumb"}
+    with long_file.open("rb") as file:
+        written = on_terminal("--verbose", streams="stderr", stdin=file, env=environment)
+    assert b"\x1b" not in written
+    bars = [line for line in re.split(rb"[\r\n]", written) if b"%" in line]
+    assert bars
+    assert max(map(len, bars)) <= 20
+
+
 @pytest.mark.parametrize(
     ("arguments", "streams", "size"),
     [

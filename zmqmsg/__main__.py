@@ -1,5 +1,6 @@
 """What the console script ``zmqmsg`` and ``python -m zmqmsg`` run."""
 
+import errno
 import gc
 import os
 import signal
@@ -15,7 +16,7 @@ def main() -> None:
 
     from zmqmsg.cli import cli
     from zmqmsg.console import show_error
-    from zmqmsg.system import READER_GONE, SHORTAGES
+    from zmqmsg.system import READER_GONE
 
     try:
         # By default, click for Windows takes *, ? and %VAR% in the arguments for patterns of file names and variables.
@@ -27,7 +28,8 @@ def main() -> None:
         show_error(click.ClickException("out of memory"))
         sys.exit(1)
     except OSError as error:
-        advice = ": raise the limit, for example with: ulimit -n 256" if error.errno in SHORTAGES else ""
+        few = error.errno in (errno.EMFILE, errno.ENFILE)
+        advice = ": raise the limit, for example with: ulimit -n 256" if few else ""
         if error.errno not in READER_GONE:
             show_error(click.ClickException(f"{error.strerror}{advice}"))
         sys.stdout = None  # what is left in its buffer would fail once more, with a traceback

@@ -14,7 +14,7 @@ from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.connection import PROBE_DELAY, Peer, fail_without_hope, wait
 from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify, read_messages
 from zmqmsg.quoting import abridge, count_of, describe
-from zmqmsg.sockets import Context, Socket, open_socket, receive, send
+from zmqmsg.sockets import Socket, open_socket, receive, send, share_context
 from zmqmsg.system import yield_processor
 
 SPINS = 50
@@ -57,8 +57,7 @@ def run(
 
         as_client = load_keys(key, server_key)[1]
         apply_keys = as_client.apply if as_client else None
-    # The shared context: pyzmq would terminate another one, and block on what is not sent yet.
-    context: Context = zmq.Context.instance()
+    context = share_context()
     open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, apply_keys=apply_keys)
     # Early enough for an attempt to end with what was found.
     probe_delay = min(PROBE_DELAY, (timeout or math.inf) / 4)

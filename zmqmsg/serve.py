@@ -16,7 +16,7 @@ from zmqmsg.connection import Peer, fail_without_hope, wait
 from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify
 from zmqmsg.listener import bound, notify_of_endpoint, watch_handshakes
 from zmqmsg.quoting import count_of, describe
-from zmqmsg.sockets import ApplyKeys, Context, Socket, open_socket, receive, send
+from zmqmsg.sockets import ApplyKeys, Context, Socket, open_socket, receive, send, share_context
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 
 STOP_LIMIT = 5.0
@@ -55,8 +55,7 @@ def run(
     raise_descriptor_limit()
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
     keys_bound, keys_connected = apply_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
-    # The shared context: pyzmq would terminate another one, and block on what is not sent yet.
-    context: Context = zmq.Context.instance()
+    context = share_context()
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
     output = None if quiet else Output(form)
     server = Server(answer, attendant, output=output, count=count, verbose=verbose)

@@ -20,6 +20,9 @@ NO_RECONNECT_MS = 2**31 - 1
 """Milliseconds after which libzmq may connect again by itself. Its own "never" (-1) would throw away a reply that came
 just before the end of the connection."""
 
+MOST_SOCKETS = 10_000
+"""Sockets that a context may have: three for each endpoint that is connected to. libzmq's own limit is 1,023."""
+
 HANDSHAKE_LIMIT_MS = 10_000
 """Milliseconds for a handshake. A client whose key cannot be checked now waits for as long; with 5 s, CURVE fails where
 a round trip takes 1.5 s."""
@@ -66,6 +69,13 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
     if problem:
         raise ValueError(f"'{endpoint}' {problem}; for example {example}")
     return endpoint
+
+
+def share_context() -> Context:
+    """Return the context of the process: pyzmq would terminate another one, and block on what is not sent yet."""
+    context: Context = zmq.Context.instance()
+    context.set(zmq.MAX_SOCKETS, MOST_SOCKETS)
+    return context
 
 
 def new_socket(context: Context, socket_type: int) -> Socket:
