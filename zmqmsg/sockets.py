@@ -10,7 +10,7 @@ import zmq
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.console import Failure
 from zmqmsg.diagnosis import resolve_numeric
-from zmqmsg.system import HAS_CONNECTION_TIMEOUT, start_thread
+from zmqmsg.system import HAS_ABSTRACT_NAMES, HAS_CONNECTION_TIMEOUT, start_thread
 
 Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
@@ -58,6 +58,8 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
         path = endpoint.encode().removeprefix(b"ipc://")
         if not zmq.has("ipc"):
             example, problem = DEFAULT_ENDPOINT, "needs Unix sockets, which ZeroMQ does not have on this system"
+        elif path.startswith(b"@") and not HAS_ABSTRACT_NAMES:
+            problem = "has an abstract name, which only Linux has"
         elif path in (b"", b"@") or path.startswith(b"*") or len(path) > zmq.IPC_PATH_MAX_LEN:
             problem = f"needs a path of 1 to {zmq.IPC_PATH_MAX_LEN} bytes, without wildcards"
     elif not (match := _TCP.fullmatch(endpoint)):

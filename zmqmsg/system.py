@@ -31,6 +31,9 @@ END_OF_INPUT = "Ctrl-Z and Enter" if WINDOWS else "Ctrl-D"
 READER_GONE = (errno.EPIPE, errno.EINVAL) if WINDOWS else (errno.EPIPE,)
 """Errors of writing to a pipe that nobody will read any more."""
 
+HAS_ABSTRACT_NAMES = sys.platform == "linux"
+"""Whether a Unix socket may have an abstract name, with an @ before it, and no file."""
+
 HAS_CONNECTION_TIMEOUT = not WINDOWS
 """Whether TCP_MAXRT may be set. Windows gives up after 21 s by itself, and Wine hangs libzmq's thread with it."""
 
