@@ -41,7 +41,8 @@ def test_all_that_was_received_is_answered_before_the_end(context: Context, serv
     server.wait_for_notice("request 1 from")
     time.sleep(0.5)  # nothing tells when the others have come
     server.signal(number)
-    assert [client.recv() for client in clients] == [b"%d" % number for number in range(count)]
+    replies = [client.recv() for client in clients]
+    assert replies == [b"%d" % number for number in range(count)], server.notices
     status, output, _ = server.finish()
     assert (status, len(output.splitlines())) == (0, count)
 
