@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from zmqmsg.answers import Answer, Command, Text
+from zmqmsg.answers import Answer, Command
 from zmqmsg.attendant import Attendant
 from zmqmsg.console import Form
 from zmqmsg.sockets import Context
@@ -29,7 +29,7 @@ def reply(context: Context) -> Run:
 
 
 def command(text: str, form: Form = PLAIN) -> Command:
-    return Command(text, form, Attendant())
+    return Command(text, form, Attendant(), 1 << 26)
 
 
 def test_a_request_is_echoed_frame_by_frame(reply: Run) -> None:
@@ -39,7 +39,7 @@ def test_a_request_is_echoed_frame_by_frame(reply: Run) -> None:
 
 @pytest.mark.parametrize("frames", [[b'{"status": "ok"}'], [b""], [b"\xff\t\n", b"", b"two"]])
 def test_every_request_gets_the_fixed_reply(reply: Run, frames: list[bytes]) -> None:
-    assert reply(Text(frames), [b"one"], [b"two", b"three"]) == [frames] * 2
+    assert reply(Answer(frames), [b"one"], [b"two", b"three"]) == [frames] * 2
 
 
 @POSIX

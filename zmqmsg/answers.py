@@ -1,9 +1,8 @@
 """How ``serve`` gets its replies: an echo, a fixed text, a command for each request, or a filter that stays."""
 
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from typing import IO, Any, NoReturn, Self, cast
 
 import click
@@ -11,25 +10,23 @@ import click
 from zmqmsg.attendant import Attendant
 from zmqmsg.console import CHUNK, NOTICE_DELAY, Failure, Form, notify, write_all
 from zmqmsg.quoting import abridge, quote, unquote
-from zmqmsg.system import SHORTAGES, STOP_SIGNALS, end_group, keep_exit_statuses, start_thread
+from zmqmsg.system import SHORTAGES, STOP_SIGNALS, end_group, keep_exit_statuses, killing_signal, start_thread
 
-LONG_RUN = 5.0
-"""Seconds after which the user is told that a command keeps other requests waiting."""
-
-START_INTERVAL = 0.2
-"""Seconds between attempts to start a command."""
-
-END_LIMIT = 1.0
-"""Seconds that a filter has to end when its input has ended."""
-
-SIGNAL_DELAY = 0.2
-"""Seconds within which a signal to a whole group of processes reaches each of them."""
+LONG_RUN = 5.0  # seconds after which the user is told that a command keeps other requests waiting
+START_INTERVAL = 0.2  # seconds between attempts to start a command
+END_LIMIT = 1.0  # seconds that a filter has to end when its input has ended
+SIGNAL_DELAY = 0.2  # seconds within which a signal to a whole group of processes reaches each of them
 
 GOES_ON = (
     f"the command, or something that it has started, still goes on after {LONG_RUN:g} s, while other requests wait;"
     " redirect the output of what shall go on, as in: >/dev/null &"
 )
 SILENT = "the filter has not answered for a second; it may not flush its output, or read ahead"
+TOO_MUCH = "the command printed more than --max-size allows; it was stopped, and the request not answered"
+LINES_IN_REQUEST = (
+    "a request of several lines got an empty reply, since a filter reads one; use --exec,"
+    " or --quoted if the filter reads quoted lines"
+)
 
 Frames = Sequence[Any]  # of bytes, or of zmq's Frames, which have them in a buffer
 
@@ -39,10 +36,13 @@ class Unanswered(Exception):
 
 
 class Answer:
-    """Replies with the request itself: the echo. The others reply otherwise.
+    """Replies with ``frames``, or else with the request itself: the echo. The others reply otherwise.
 
     An answer is a context: what it needs runs from its start to its end.
     """
+
+    def __init__(self, frames: Frames = ()) -> None:
+        self._frames = frames
 
     def __enter__(self) -> Self:
         return self
@@ -52,20 +52,10 @@ class Answer:
 
     def reply_to(self, request: Frames) -> Frames:
         """Return the frames of the reply; raise Unanswered, or Failure if there can be no more replies."""
-        return request
+        return self._frames or request
 
     def check(self) -> None:
         """Raise Failure, or Unanswered after a signal, if there can be no more replies."""
-
-
-class Text(Answer):
-    """Replies with the same ``frames`` to all requests."""
-
-    def __init__(self, frames: Frames) -> None:
-        self._frames = frames
-
-    def reply_to(self, request: Frames) -> Frames:
-        return self._frames
 
 
 def choose_answer(
@@ -83,7 +73,7 @@ def choose_answer(
         return Command(command, form, attendant, max_size)
     if filter_command is not None:
         return Filter(filter_command, form, attendant, max_size)
-    return Answer() if reply is None else Text(form.decode_argument(reply))
+    return Answer() if reply is None else Answer(form.decode_argument(reply))
 
 
 # Programs
@@ -92,18 +82,20 @@ def choose_answer(
 class Process:
     """A shell command that runs. A thread reads what it prints, so that neither side can block the other.
 
-    ``idle``: whether nothing that it prints is expected, so that the main thread must be woken.
+    ``stdin``: its input, unbuffered. ``printed``: a queue of what it has printed, with b"" at the end. ``failure``: why
+    that is not all, if it is not. ``room``: bytes that it may still print. ``idle``: whether it owes nothing, so that
+    the main thread must be woken if it prints something.
     """
 
-    def __init__(self, command: str, attendant: Attendant, limit: int) -> None:
-        """Start ``command``, which may print ``limit`` bytes; raise OSError if something for that is lacking."""
+    def __init__(self, command: str, attendant: Attendant, room: int) -> None:
+        """Start ``command``; raise OSError if something for that is lacking."""
+        self.room = room
+        self.failure = ""
         self.idle = False
-        self.printed = 0  # bytes, to be set to 0 whenever it may print as many again
-        self._limit = limit
+        self.printed: SimpleQueue[bytes] = SimpleQueue()
         self._attendant = attendant
         self._popen = attendant.start_command(command)
-        self._stdin, self._stdout = cast("IO[bytes]", self._popen.stdin), cast("IO[bytes]", self._popen.stdout)
-        self._printed: SimpleQueue[bytes] = SimpleQueue()
+        self.stdin, self._stdout = cast("IO[bytes]", self._popen.stdin), cast("IO[bytes]", self._popen.stdout)
         try:
             start_thread(self._read)
         except OSError:
@@ -111,41 +103,22 @@ class Process:
             raise
 
     def _read(self) -> None:
-        chunk = b"-"
-        while chunk:
-            chunk = b""  # also the end of a pipe that fails
-            with suppress(OSError):
-                chunk = self._stdout.read(CHUNK)
-            self.printed += len(chunk)
-            if self.exceeded:  # here, since the main thread may wait for it to read
-                end_group(self._popen)
-                chunk = b""
-            self._printed.put(chunk)
-            if self.idle:
-                self._attendant.wake()
+        try:
+            while chunk := self._stdout.read(CHUNK):
+                self.room -= len(chunk)
+                if self.room < 0:
+                    self.failure = TOO_MUCH
+                    end_group(self._popen)  # here, since the main thread may wait for it to read
+                    break
+                self._put(chunk)
+        except OSError as error:
+            self.failure = f"cannot read what the command prints: {error.strerror}"
+        self._put(b"")
 
-    @property
-    def exceeded(self) -> bool:
-        """Whether it has printed too much, and was killed for that."""
-        return self.printed > self._limit
-
-    def write(self, data: bytes) -> None:
-        """Write all of ``data`` to its input; raise OSError if it takes no more."""
-        write_all(self._stdin, data)
-
-    def close_input(self) -> None:
-        """Let it see the end of its input."""
-        self._stdin.close()
-
-    def read(self) -> bytes:
-        """Return what it has printed, as soon as it has; b"" at the end."""
-        return self._printed.get()
-
-    def read_at_once(self) -> bytes | None:
-        """Return what it has printed, b"" at the end, or None if it has printed nothing now."""
-        with suppress(Empty):
-            return self._printed.get_nowait()
-        return None
+    def _put(self, chunk: bytes) -> None:
+        self.printed.put(chunk)
+        if self.idle:
+            self._attendant.wake()
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Return its exit status, negative for a signal; None if it does not end within ``seconds``."""
@@ -158,7 +131,7 @@ class Process:
     def kill(self) -> None:
         """Kill what is left of its group, and close its input."""
         end_group(self._popen)
-        self.close_input()
+        self.stdin.close()
         self._popen.wait()
         self._attendant.forget(self._popen)
 
@@ -176,55 +149,40 @@ class Program(Answer):
     it, and the second signal ends all of it.
     """
 
-    not_started = "the last request was not answered: its command could not be started"
-
-    def __init__(self, command: str, form: Form, attendant: Attendant, max_size: int = -1) -> None:
+    def __init__(self, command: str, form: Form, attendant: Attendant, max_size: int) -> None:
         """Use the shell command ``command``, for messages in ``form``, until the ``attendant`` asks for the end.
 
-        ``max_size``: bytes that a reply may have, before it is quoted; -1: any number.
+        ``max_size``: bytes that a reply may have, before it is quoted.
         """
         self._command = command
         self._form = form
         self._attendant = attendant
-        # An escape has four characters, and a line has an end.
-        self._limit = max_size * (4 if form.quoted else 1) + 1 if max_size >= 0 else sys.maxsize
-        self._given: set[str] = set()
+        self._room = 4 * max_size + 1 if form.quoted else max_size  # an escape has four characters, and a line an end
         import subprocess  # noqa: F401  (now, while there are descriptors)
 
         keep_exit_statuses()
 
-    def _start(self) -> Process:
-        """Start the command, trying again while something for it is lacking; raise Failure or Unanswered if not."""
+    def _start(self, otherwise: str) -> Process:
+        """Start the command, trying again while something for it is lacking.
+
+        Raises Unanswered, with the text ``otherwise``, if a signal comes before; Failure if it can never be started.
+        """
         while True:
             try:
-                return Process(self._command, self._attendant, self._limit)
+                return Process(self._command, self._attendant, self._room)
             except OSError as error:
                 reason = f"cannot start the command: {error.strerror}"
                 if error.errno not in SHORTAGES:
                     raise Failure(reason) from error
-                self._notify_once(f"{reason}; trying again until it can be started")
+                self._attendant.notify_once(f"{reason}; trying again until it can be started")
                 if self._attendant.wait(START_INTERVAL):
-                    raise Unanswered(self.not_started) from None
-
-    def _notify_once(self, notice: str) -> None:
-        if notice not in self._given:
-            self._given.add(notice)
-            notify(notice, "yellow")
-
-    def _fail_if_exceeded(self, process: Process) -> None:
-        if process.exceeded:
-            raise Failure(
-                "the command printed more than --max-size allows; it was stopped, and the request not answered"
-            )
+                    raise Unanswered(otherwise) from None
 
     def _was_stopped(self, status: int) -> bool:
-        """Return whether a program that ended with ``status`` was killed by a signal that also stops us.
-
-        A signal to a group of processes may reach us after the others.
-        """
-        if status >= 0:
-            return False
-        return self._attendant.wait(SIGNAL_DELAY if -status in STOP_SIGNALS else 0)
+        """Return whether a program that ended with ``status`` was killed by a signal that also stops us."""
+        number = killing_signal(status)
+        # A signal to a group of processes may reach us after the others.
+        return number > 0 and self._attendant.wait(SIGNAL_DELAY if number in STOP_SIGNALS else 0)
 
     def _encode(self, request: Frames) -> bytes:
         """Return a request as the program reads it, without an end."""
@@ -232,7 +190,9 @@ class Program(Answer):
         if self._form.quoted:
             return quote(frames)
         if len(frames) > 1:
-            self._notify_once("frames are joined for the command; --quoted keeps them apart, if it reads quoted lines")
+            self._attendant.notify_once(
+                "frames are joined for the command; --quoted keeps them apart, if it reads quoted lines"
+            )
         return b"".join(frames)
 
     def _decode(self, line: bytes, printed: bytes) -> Frames:
@@ -247,21 +207,21 @@ class Program(Answer):
 
 
 class Command(Program):
-    """Runs the command for each request; all that it prints is the reply."""
+    """Runs the command for each request; all that it prints is the reply, whatever its exit status."""
 
     def reply_to(self, request: Frames) -> Frames:
-        """Run the command and return what it printed, whatever its exit status."""
         data = self._encode(request) + b"\n" * self._form.quoted
-        process = self._start()
+        process = self._start("the last request was not answered: its command could not be started")
         self._attendant.expect(GOES_ON, LONG_RUN)
-        with suppress(OSError):  # it does not want the rest
-            process.write(data)
-        process.close_input()
-        printed = b"".join(iter(process.read, b""))
+        with suppress(BrokenPipeError):  # it does not want the rest
+            write_all(process.stdin, data)
+        process.stdin.close()
+        printed = b"".join(iter(process.printed.get, b""))
         status = process.wait() or 0
         self._attendant.withdraw(GOES_ON)
         process.close()
-        self._fail_if_exceeded(process)
+        if process.failure:
+            raise Failure(process.failure)
         if status:
             notify(f"the command {describe_status(status)}", "yellow")
         if self._was_stopped(status):
@@ -276,34 +236,27 @@ class Filter(Program):
     which request; that is the end.
     """
 
-    not_started = "the filter could not be started"
-
     def __enter__(self) -> Self:
         """Start the command."""
-        self._process = self._start()
+        self._process = self._start("the filter could not be started")
         self._process.idle = True
         return self
 
     def __exit__(self, *_error: object) -> None:
         """Let the command end by the end of its input, and then kill what is left of its group."""
-        self._process.close_input()
+        self._process.stdin.close()
         self._process.wait(END_LIMIT)
         self._process.kill()
 
     def reply_to(self, request: Frames) -> Frames:
-        """Return the line that the filter answers with."""
         self.check()
         end = self._form.separator
         line = self._encode(request).removesuffix(end)
         if end in line:
-            notify(
-                "a request of several lines got an empty reply, since a filter reads one; use --exec,"
-                " or --quoted if the filter reads quoted lines",
-                "yellow",
-            )
+            notify(LINES_IN_REQUEST, "yellow")
             return [b""]
         self._process.idle = False
-        self._process.printed = 0
+        self._process.room = self._room + (not self._form.quoted)
         self._attendant.expect(SILENT, NOTICE_DELAY)
         answer = self._exchange(line + end, end)
         self._attendant.withdraw(SILENT)
@@ -311,20 +264,19 @@ class Filter(Program):
         return self._decode(answer, answer) if self._form.quoted else [self._form.strip_cr(answer)]
 
     def check(self) -> None:
-        """Raise Failure, or Unanswered after a signal, if the filter has ended or printed what nobody asked for."""
-        if (printed := self._process.read_at_once()) is not None:
-            self._fail_for_line(printed)
+        if not self._process.printed.empty():
+            self._fail_for_line(self._process.printed.get())
 
     def _exchange(self, line: bytes, end: bytes) -> bytes:
         """Write ``line`` and read one; return it without its ``end``."""
         try:
-            self._process.write(line)
+            write_all(self._process.stdin, line)
         except OSError:
             self._fail_for_end()
         printed = bytearray()
         place = -1
         while place < 0:
-            if not (chunk := self._process.read()):
+            if not (chunk := self._process.printed.get()):
                 self._fail_for_end()
             begin = len(printed)
             printed += chunk
@@ -341,7 +293,8 @@ class Filter(Program):
         )
 
     def _fail_for_end(self) -> NoReturn:
-        self._fail_if_exceeded(self._process)
+        if self._process.failure:
+            raise Failure(self._process.failure)
         status = self._process.wait(END_LIMIT)
         if status is None:
             raise Failure("the filter closed its input or output, so there can be no more replies")
@@ -352,4 +305,5 @@ class Filter(Program):
 
 def describe_status(status: int) -> str:
     """Return in words how a child process has ended; ``status`` is negative for a signal."""
-    return f"exited with status {status}" if status >= 0 else f"was killed by signal {-status}"
+    number = killing_signal(status)
+    return f"was killed by signal {number}" if number else f"exited with status {status}"

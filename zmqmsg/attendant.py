@@ -14,11 +14,9 @@ if TYPE_CHECKING:
     from socket import socket
     from subprocess import Popen
 
+LOOK_INTERVAL = 0.5  # seconds from one look at what the main thread waits for to the next
+# Seconds in which the same signal counts once: GNU timeout sends it to its child, and then to the whole group.
 REPEAT_DELAY = 0.05
-"""Seconds in which the same signal counts once: GNU timeout sends it to its child, and then to the whole group."""
-
-LOOK_INTERVAL = 0.5
-"""Seconds from one look at what the main thread waits for to the next."""
 
 STOPPING = "stopping after the current request; a second signal ends it at once"
 UNREAD = "standard output is not being read"
@@ -32,7 +30,7 @@ class Attendant:
     SIGQUIT, ends the process and the commands that it has started, at once.
 
     ``requested``: when a stop was requested, by ``time.monotonic()``; infinity if it was not. ``serving``: whether
-    there may be requests to answer.
+    there may be requests to answer. ``sources``: what is readable when the main thread shall look up from a poll.
     """
 
     def __init__(self) -> None:
@@ -41,7 +39,7 @@ class Attendant:
 
         self.requested = math.inf
         self.serving = True
-        self.sources: list[socket] = []  # readable when the main thread shall look up from a poll
+        self.sources: list[socket] = []
         self._output: Output | None = None
         self._stop = Event()
         self._first_signal = 0
@@ -59,18 +57,17 @@ class Attendant:
         from socket import socketpair
 
         self._output = output
-        self._signals, signal_writer = socketpair()
+        self._signals, self._signal_writer = socketpair()
         reader, self._waker = socketpair()
-        for end in (signal_writer, reader, self._waker):
+        for end in (self._signal_writer, reader, self._waker):
             end.setblocking(False)
         self._signals.settimeout(LOOK_INTERVAL)
-        self._signal_writer = signal_writer  # kept open
         start_thread(self._attend)
         self.sources = [reader]
         for number in (*STOP_SIGNALS, *END_SIGNALS):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda _number, _frame: None)
-        signal.set_wakeup_fd(signal_writer.fileno())
+        signal.set_wakeup_fd(self._signal_writer.fileno())
 
     # What the main thread asks for
 
@@ -90,6 +87,12 @@ class Attendant:
     def wait(self, seconds: float) -> bool:
         """Wait for a request to stop, ``seconds`` at most, and return whether there is one."""
         return self._stop.wait(seconds)
+
+    def notify_once(self, notice: str) -> None:
+        """Give ``notice`` now, unless it was given before."""
+        if notice not in self._given:
+            self._given.add(notice)
+            notify(notice, "yellow")
 
     def expect(self, notice: str, seconds: float) -> None:
         """Give ``notice``, once in all, unless it is withdrawn within ``seconds``."""
@@ -125,25 +128,24 @@ class Attendant:
 
     def _handle(self, number: int) -> None:
         now = time.monotonic()
-        if number in END_SIGNALS:
+        again = self._stop.is_set() and (number != self._first_signal or now - self.requested >= REPEAT_DELAY)
+        if again or number in END_SIGNALS:
             self._end(128 + number)
-        elif not self._stop.is_set():
+        if not self._stop.is_set():
             self._first_signal = number
             self.requested = now
             if self.serving:
                 self.expect(STOPPING, NOTICE_DELAY)
             self._stop.set()
             self.wake()
-        elif number != self._first_signal or now - self.requested >= REPEAT_DELAY:
-            self._end(128 + number)
 
     def _look(self) -> None:
         """Give the notices that are due; end the process if it is to stop, and waits for somebody to read."""
         now = time.monotonic()
         unread = bool(self._output and is_stalled(self._output, now))
-        if self._stop.is_set() and unread:
-            self._give(f"{UNREAD}; 1 request was answered, but not printed", "red")
         if self._stop.is_set() and (unread or is_stalled(None, now)):
+            if unread:
+                self._give(f"{UNREAD}; 1 request was answered, but not printed", "red")
             self._end(1)
         if unread:
             self._due.setdefault(f"{UNREAD}; waiting until it is", now)

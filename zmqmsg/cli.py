@@ -13,11 +13,9 @@ import click
 
 from zmqmsg import DEFAULT_ENDPOINT
 
-LEAST_SIZE = 512
-"""Bytes that frames must be allowed to have: libzmq applies the limit to the handshake as well (300 with CURVE)."""
-
-MOST_SIZE = 1 << 40
-"""Bytes that frames may be allowed to have."""
+LEAST_SIZE = 512  # bytes; libzmq applies the limit to the handshake as well (300 with CURVE)
+MOST_SIZE = 1 << 40  # bytes
+DEFAULT = f"[default: {DEFAULT_ENDPOINT}]"
 
 
 class Option(click.Option):
@@ -28,9 +26,8 @@ class Option(click.Option):
     """
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        if not self.allow_from_autoenv:
-            return None
-        value = os.environ.get(str(self.envvar or f"{ctx.auto_envvar_prefix}_{self.name}".upper()))
+        name = f"{ctx.auto_envvar_prefix}_{self.opts[-1].strip('-')}".upper().replace("-", "_")
+        value = os.environ.get(name)
         return value if value is None or value.strip() else ""
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
@@ -143,52 +140,35 @@ KEY_FILE = KeyPath(dir_okay=False)
 INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
 
 option = partial(click.option, cls=Option)
+flag = partial(option, is_flag=True)
+bind = partial(option, "-b", "--bind", type=BIND_ENDPOINT, multiple=True)
+connect = partial(option, "-c", "--connect", type=CONNECT_ENDPOINT, multiple=True)
+command = partial(option, metavar="COMMAND")
+count = partial(option, "-n", "--count", type=click.IntRange(min=1), metavar="N")
+retries = partial(option, "-r", "--retries", type=click.IntRange(min=0), metavar="N", default=3, show_default=True)
 
 # Options that both commands have
-_null = option("-0", "--null", is_flag=True, help="End messages with NUL instead of newline.")
-_quoted = option(
-    "-Q", "--quoted", is_flag=True, help="One line per message: frames separated by TAB, special bytes escaped."
-)
-_raw = option("--raw", is_flag=True, help="Print messages as they are, with nothing after them.")
-_max_size = option("--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames.")
-_key = option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing.")
+null = flag("-0", "--null", help="End messages with NUL instead of newline.")
+quoted = flag("-Q", "--quoted", help="One line per message: frames separated by TAB, special bytes escaped.")
+raw = flag("--raw", help="Print messages as they are, with nothing after them.")
+max_size = option("--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames.")
+key = option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing.")
 
 
 @cli.command()
-@option(
-    "-b", "--bind", type=BIND_ENDPOINT, multiple=True, help=f"Bind here; repeatable.  [default: {DEFAULT_ENDPOINT}]"
-)
-@option(
-    "-c",
-    "--connect",
-    type=CONNECT_ENDPOINT,
-    multiple=True,
-    help="Connect to a broker's DEALER as a worker; repeatable.",
-)
+@bind(help=f"Bind here; repeatable.  {DEFAULT}")
+@connect(help="Connect to a broker's DEALER as a worker; repeatable.")
 @option("--reply", metavar="TEXT", help="Reply with TEXT instead of the request.")
-@option(
-    "-e",
-    "--exec",
-    "command",
-    metavar="COMMAND",
-    envvar="ZMQMSG_SERVE_EXEC",
-    help="Reply with what the shell COMMAND prints; it reads the request on standard input.",
-)
-@option(
-    "--filter",
-    "filter_command",
-    metavar="COMMAND",
-    envvar="ZMQMSG_SERVE_FILTER",
-    help="Start the shell COMMAND once; it reads each request as a line, and answers with a line.",
-)
-@option("-n", "--count", type=click.IntRange(min=1), metavar="N", help="Stop after N requests.")
-@option("-q", "--quiet", is_flag=True, help="Do not print requests.")
-@option("-v", "--verbose", is_flag=True, help="Report who asked, how much, and how long the answer took.")
-@_null
-@_quoted
-@_raw
-@_max_size
-@_key
+@command("-e", "--exec", "command", help="Reply with what the shell COMMAND prints; its input is the request.")
+@command("--filter", "filter_command", help="Start COMMAND once: for each request, it reads a line and prints one.")
+@count(help="Stop after N requests.")
+@flag("-q", "--quiet", help="Do not print requests.")
+@flag("-v", "--verbose", help="Report who asked, how much, and how long the answer took.")
+@null
+@quoted
+@raw
+@max_size
+@key
 @option("--client-keys", type=KeyPath(), help="Accept only clients whose public keys are in this file or directory.")
 @option("--server-key", type=KEY_FILE, help="The broker's CURVE public key file (with --connect).")
 def serve(**options: Any) -> None:
@@ -216,33 +196,17 @@ def serve(**options: Any) -> None:
 
 
 @cli.command()
-@option(
-    "-c",
-    "--connect",
-    type=CONNECT_ENDPOINT,
-    multiple=True,
-    help=f"Connect here; repeatable.  [default: {DEFAULT_ENDPOINT}]",
-)
-@option(
-    "-t", "--timeout", type=SECONDS, metavar="SECONDS", help="Seconds to wait in each attempt.  [default: no limit]"
-)
-@option(
-    "-r",
-    "--retries",
-    type=click.IntRange(min=0),
-    metavar="N",
-    default=3,
-    show_default=True,
-    help="Send again up to N times after a timeout or a broken connection.",
-)
+@connect(help=f"Connect here; repeatable.  {DEFAULT}")
+@option("-t", "--timeout", type=SECONDS, help="Seconds to wait in each attempt.  [default: no limit]")
+@retries(help="Send again up to N times after a timeout or a broken connection.")
 @option("-f", "--file", type=INPUT_FILE, multiple=True, help="Send a whole file (- for standard input); repeatable.")
-@option("-m", "--multipart", is_flag=True, help="Send all messages as the frames of one request.")
-@option("-v", "--verbose", is_flag=True, help="Report connections, who replied, how much, and after how long.")
-@_null
-@_quoted
-@_raw
-@_max_size
-@_key
+@flag("-m", "--multipart", help="Send all messages as the frames of one request.")
+@flag("-v", "--verbose", help="Report connections, who replied, how much, and after how long.")
+@null
+@quoted
+@raw
+@max_size
+@key
 @option("--server-key", type=KEY_FILE, help="The server's CURVE public key file.")
 @click.argument("message", nargs=-1)
 def send(**options: Any) -> None:

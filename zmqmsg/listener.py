@@ -12,7 +12,7 @@ from typing import cast
 import zmq
 
 from zmqmsg.console import ClientNotices, Failure, notify
-from zmqmsg.sockets import Socket, attach_to, new_socket
+from zmqmsg.sockets import Socket, bind, new_socket
 from zmqmsg.system import start_thread, unix_family
 
 ACCEPTED = int(zmq.EVENT_ACCEPTED)
@@ -41,7 +41,7 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
     path = ipc_path(endpoint)
     if path and _is_taken(path):
         raise Failure(f"cannot bind {endpoint}: a server or a file is there already; choose another path")
-    attach_to(socket.bind, socket, endpoint, "bind")
+    bind(socket, endpoint)
     inode = os.lstat(path).st_ino if path else None
     try:
         yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()

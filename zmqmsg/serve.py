@@ -19,11 +19,8 @@ from zmqmsg.quoting import count_of, describe
 from zmqmsg.sockets import ApplyKeys, Context, Socket, open_socket, receive, send, share_context
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 
-STOP_LIMIT = 5.0
-"""Seconds after a request to stop in which requests are answered that were received by then."""
-
-RECEIVE_WAIT_MS = 20
-"""Milliseconds to wait for the next request in recv, which takes one system call, before polling, which takes six."""
+STOP_LIMIT = 5.0  # seconds after a request to stop in which requests are answered that were received by then
+RECEIVE_WAIT_MS = 20  # to wait for a request in recv, which takes one system call, before polling, which takes six
 
 
 def run(
@@ -129,10 +126,9 @@ class Server:
         count: int | None = None,
         verbose: bool = False,
     ) -> None:
-        """Make replies with ``answer``, until the ``attendant`` requests the end.
+        """Make replies with ``answer`` until the ``attendant`` requests the end, or after ``count`` requests.
 
-        ``output`` gets each request after its reply is sent. ``count`` requests stop the loop. ``verbose``: notify the
-        user of each.
+        ``output`` gets each request after its reply is sent. ``verbose``: notify the user of each.
         """
         self.served = 0
         self._answer = answer
@@ -152,8 +148,7 @@ class Server:
             with self._answer:
                 self._answer_all(bound_sockets, peers)
         except Unanswered as unanswered:
-            # A client of ours sees its connection end, and asks again.
-            notify(str(unanswered), "yellow")
+            notify(str(unanswered), "yellow")  # our own clients see the connection end, and ask again
         if self._unprinted:
             raise Failure(
                 f"standard output is closed; {count_of(self._unprinted, 'request')} answered, but not printed"
@@ -163,30 +158,24 @@ class Server:
         sockets = bound_sockets
         while not self._is_over():
             stopping = self._attendant.requested < math.inf or self._unprinted
-            if stopping:
-                for socket in sockets:
-                    socket.rcvtimeo = 0
             if peers:
                 for peer in peers:
                     peer.update()
                 sockets = [*bound_sockets, *(peer.link.socket for peer in peers)]
             idle = True
             for socket in sockets:
-                if request := receive(socket):
+                if not self._is_over() and (request := receive(socket)):
                     self._serve(socket, request)
                     idle = False
-                    if self._is_over():
-                        break
             if idle and stopping:
                 break
             if idle:
                 if peers and not bound_sockets:
                     fail_without_hope(peers)
                 self._attendant.clear()
-                if self._attendant.requested < math.inf:  # what woke us was that
-                    continue
-                self._answer.check()
-                wait(peers, [*sockets, *self._attendant.sources], math.inf)
+                if self._attendant.requested == math.inf:  # otherwise that has woken us
+                    self._answer.check()
+                    wait(peers, [*sockets, *self._attendant.sources], math.inf)
         if self._has_no_time_left() and any(socket.poll(0) for socket in sockets):
             notify(f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered", "yellow")
 

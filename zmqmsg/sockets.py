@@ -2,7 +2,7 @@
 
 import errno
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import zmq
@@ -16,28 +16,24 @@ Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 ApplyKeys = Callable[[Socket], None]
 
+# After so long libzmq may connect again by itself. Its own "never" (-1) would throw away a reply that came just before
+# the end of the connection.
 NO_RECONNECT_MS = 2**31 - 1
-"""Milliseconds after which libzmq may connect again by itself. Its own "never" (-1) would throw away a reply that came
-just before the end of the connection."""
-
-MOST_SOCKETS = 10_000
-"""Sockets that a context may have: three for each endpoint that is connected to. libzmq's own limit is 1,023."""
-
+# A client whose key cannot be checked now waits for as long; with 5 s, CURVE fails where a round trip takes 1.5 s.
 HANDSHAKE_LIMIT_MS = 10_000
-"""Milliseconds for a handshake. A client whose key cannot be checked now waits for as long; with 5 s, CURVE fails where
-a round trip takes 1.5 s."""
-
+# Messages that libzmq receives ahead from each peer, so that none can fill the memory. With 8, a stream of small
+# messages takes 5 % longer; with 1, a CURVE server with a ZAP handler receives nothing.
 RECEIVE_LIMIT = 16
-"""Messages that libzmq receives ahead from each peer, so that none can fill the memory. With 8, a stream of small
-messages takes 5 % longer; with 1, a CURVE server with a ZAP handler receives nothing."""
+MOST_SOCKETS = 10_000  # three for each endpoint that is connected to; libzmq's own limit is 1,023
 
 _TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:]+(?:%[\w.-]+)?\]):(?P<port>\*|\d{1,5})", re.ASCII)
 
+NOT_HERE = "this machine has no such address or interface"
 # libzmq's own numbers: on Windows they are not those of Python's errno.
 _REASONS = {
     int(zmq.EADDRINUSE): "address in use; stop the server there, or choose another address",
     int(zmq.EADDRNOTAVAIL): "this machine has no such address",
-    errno.ENODEV: "this machine has no such address or interface",
+    errno.ENODEV: NOT_HERE,
     errno.ENOENT: "there is no such directory",
 }
 
@@ -118,13 +114,16 @@ def open_socket(
     return socket
 
 
-def open_monitor(socket: Socket, name: str, events: int) -> Socket:
-    """Return a socket that receives ``events`` of ``socket``, under a ``name`` of its own (inproc)."""
+def open_monitor(socket: Socket, address: str, events: int) -> Socket:
+    """Return a socket that receives ``events`` of ``socket`` at an inproc ``address``; raise Failure as above."""
+    monitor = new_socket(socket.context, zmq.PAIR)
+    monitor.linger = 0
+    monitor.rcvhwm = 0  # a full monitor would stop libzmq's thread (libzmq issue 3745)
     try:
-        monitor = socket.get_monitor_socket(events, name)
+        socket.monitor(address, events)
     except zmq.ZMQError as error:
         raise Failure(f"cannot open a socket: {error.strerror}") from error
-    monitor.linger = 0
+    monitor.connect(address)
     return monitor
 
 
@@ -136,38 +135,36 @@ def is_named(endpoint: str) -> bool:
 
 def connect(socket: Socket, endpoint: str) -> None:
     """Connect ``socket``; raise Failure if libzmq does not accept ``endpoint``."""
-    attach_to(socket.connect, socket, endpoint, "connect to")
+    if problem := _attach(socket.connect, socket, endpoint):
+        raise Failure(f"cannot connect to {endpoint}: {problem}")
 
 
-def attach_to(attach: Callable[[str], object], socket: Socket, endpoint: str, verb: str) -> None:
-    """Bind or connect ``socket`` to ``endpoint`` by its method ``attach``; raise Failure if that cannot be done."""
-    failures: list[zmq.ZMQError] = []
-
-    def try_each(endpoints: Iterable[str]) -> None:
-        for each in endpoints:
-            # With IPV6 on, libzmq tries localhost as ::1 alone.
-            socket.ipv6 = "[" in each
-            try:
-                attach(each)
-            except zmq.ZMQError as error:
-                failures.append(error)
-            else:
-                failures.clear()
-                return
+def bind(socket: Socket, endpoint: str) -> None:
+    """Bind ``socket``; raise Failure if that cannot be done."""
+    problem = ""
 
     def run() -> None:
-        try_each([endpoint])
-        if failures and failures[0].errno == errno.ENODEV:  # it may have IPv6 addresses alone
-            try_each(next(resolve_numeric(endpoint.replace("*", "0"))))
+        nonlocal problem
+        problem = _attach(socket.bind, socket, endpoint)
+        if problem == NOT_HERE and is_named(endpoint):  # it may have IPv6 addresses alone
+            addresses = next(resolve_numeric(endpoint.replace("*", "0")))
+            if not all(_attach(socket.bind, socket, address) for address in addresses):
+                problem = ""
 
-    if is_named(endpoint):
-        # To bind a name may take as long as a name server likes, and meanwhile Python could not handle signals.
-        start_thread(run).join()
-    else:
-        try_each([endpoint])
-    if failures:
-        reason = _REASONS.get(failures[0].errno or 0, failures[0].strerror)
-        raise Failure(f"cannot {verb} {endpoint}: {reason}") from failures[0]
+    # To bind a name may take as long as a name server likes, and meanwhile Python could not handle signals.
+    start_thread(run).join()
+    if problem:
+        raise Failure(f"cannot bind {endpoint}: {problem}")
+
+
+def _attach(attach: Callable[[str], object], socket: Socket, endpoint: str) -> str:
+    """Bind or connect ``socket`` by its method ``attach``; return why that cannot be done, or nothing."""
+    socket.ipv6 = "[" in endpoint  # with it, libzmq tries localhost as ::1 alone
+    try:
+        attach(endpoint)
+    except zmq.ZMQError as error:
+        return _REASONS.get(error.errno or 0) or str(error.strerror)
+    return ""
 
 
 def receive(socket: Socket) -> list[zmq.Frame]:

@@ -18,28 +18,18 @@ if TYPE_CHECKING:
     from threading import Thread
 
 WINDOWS = sys.platform == "win32"
-
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
-"""Errors of the system that may be over soon: no descriptors, processes, threads or memory."""
-
+SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # of descriptors, threads, memory: over soon
+READER_GONE = (errno.EPIPE, errno.EINVAL) if WINDOWS else (errno.EPIPE,)  # errors of writing to a pipe nobody reads
 LINES_END_WITH_CR_LF = WINDOWS
-"""Whether programs here end lines with CR LF."""
+END_OF_INPUT = "Ctrl-Z and Enter" if WINDOWS else "Ctrl-D"  # what ends the input that is typed at a terminal
+COLOURS = not WINDOWS  # the old console of Windows shows the usual sequences as text
+HAS_ABSTRACT_NAMES = sys.platform == "linux"  # Unix sockets with an @ before their name, and no file
+HAS_CONNECTION_TIMEOUT = not WINDOWS  # TCP_MAXRT: Windows gives up after 21 s by itself, and Wine hangs with it
+ENDED_BY_CTRL_C = 0xC000013A  # exit status of a process that Ctrl-C or Ctrl-Break has ended on Windows
+MOST_DESCRIPTORS = (65536, 10240)  # limits to try; some versions of macOS accept the second one alone
+WRITEV_LIMIT = 1 << 30  # bytes that one writev may have; macOS refuses 2 GiB
 
-END_OF_INPUT = "Ctrl-Z and Enter" if WINDOWS else "Ctrl-D"
-"""What ends the input that is typed at a terminal."""
-
-READER_GONE = (errno.EPIPE, errno.EINVAL) if WINDOWS else (errno.EPIPE,)
-"""Errors of writing to a pipe that nobody will read any more."""
-
-HAS_ABSTRACT_NAMES = sys.platform == "linux"
-"""Whether a Unix socket may have an abstract name, with an @ before it, and no file."""
-
-HAS_CONNECTION_TIMEOUT = not WINDOWS
-"""Whether TCP_MAXRT may be set. Windows gives up after 21 s by itself, and Wine hangs libzmq's thread with it."""
-
-COLOURS = not WINDOWS
-"""Whether any terminal takes the usual sequences for colours. The old console of Windows shows them as text."""
-
+# STOP_SIGNALS ask a server to stop; END_SIGNALS end it at once. yield_processor() lets another thread or process run.
 if sys.platform == "win32":
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
     END_SIGNALS: tuple[signal.Signals, ...] = ()
@@ -48,13 +38,6 @@ else:
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     END_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGQUIT,)
     yield_processor: Callable[[], None] = os.sched_yield
-# STOP_SIGNALS ask a server to stop; END_SIGNALS end it at once. yield_processor() lets another thread or process run.
-
-MOST_DESCRIPTORS = (65536, 10240)
-"""Limits to try, the highest one first. macOS names no hard limit, but accepts 10,240 at most on some versions."""
-
-WRITEV_LIMIT = 1 << 30
-"""Bytes that one writev may have: macOS refuses 2 GiB."""
 
 
 def raise_descriptor_limit() -> None:
@@ -87,9 +70,7 @@ def unix_family() -> int:
     """Return the family of Unix sockets, which ``ipc`` endpoints use; -1 where Python has none."""
     import socket
 
-    if sys.platform == "win32":
-        return -1
-    return int(socket.AF_UNIX)
+    return int(getattr(socket, "AF_UNIX", -1))
 
 
 def write_parts(stream: Any, parts: Sequence[Any]) -> int | None:
@@ -120,10 +101,10 @@ def start_thread(run: Callable[[], object]) -> "Thread":
     return thread
 
 
-def keep_exit_statuses() -> None:
-    """Let the exit statuses of child processes be known, where our parent ignores those of its own."""
+def leave_signals_to_other_threads() -> None:
+    """Let signals not interrupt what the calling thread does from now on."""
     if sys.platform != "win32":
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
 
 
 def start_command(command: str) -> "Popen[bytes]":
@@ -132,13 +113,13 @@ def start_command(command: str) -> "Popen[bytes]":
     It is in a group of its own: what is typed at our terminal, and a signal to our group, do not reach it. Raises
     OSError.
     """
-    from subprocess import PIPE, Popen
+    import subprocess
+    from subprocess import PIPE
 
-    if sys.platform == "win32":
-        from subprocess import CREATE_NEW_PROCESS_GROUP
-
-        return Popen(command, shell=True, bufsize=0, stdin=PIPE, stdout=PIPE, creationflags=CREATE_NEW_PROCESS_GROUP)
-    return Popen(command, shell=True, bufsize=0, stdin=PIPE, stdout=PIPE, start_new_session=True)
+    flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+    return subprocess.Popen(
+        command, shell=True, bufsize=0, stdin=PIPE, stdout=PIPE, start_new_session=not WINDOWS, creationflags=flags
+    )
 
 
 def end_group(process: "Popen[bytes]") -> None:
@@ -153,14 +134,27 @@ def end_group(process: "Popen[bytes]") -> None:
             run(["taskkill", "/F", "/T", "/PID", str(process.pid)], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
         with suppress(OSError):
             process.kill()  # Wine 8 has no /T
-    else:
-        with suppress(OSError):
-            os.killpg(process.pid, signal.SIGKILL)
-        with suppress(OSError):
-            for name in filter(str.isdigit, os.listdir("/proc")):
-                with suppress(OSError):
-                    if os.getsid(int(name)) == process.pid:
-                        os.kill(int(name), signal.SIGKILL)
+        return
+    with suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with suppress(OSError):
+        for name in filter(str.isdigit, os.listdir("/proc")):
+            with suppress(OSError):
+                if os.getsid(int(name)) == process.pid:
+                    os.kill(int(name), signal.SIGKILL)
+
+
+def keep_exit_statuses() -> None:
+    """Let the exit statuses of child processes be known, where our parent ignores those of its own."""
+    if sys.platform != "win32":
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+
+
+def killing_signal(status: int) -> int:
+    """Return the number of the signal that has ended a process with this exit ``status``; 0 if none has."""
+    if WINDOWS:
+        return signal.SIGINT if status == ENDED_BY_CTRL_C else 0
+    return max(-status, 0)
 
 
 def reap_orphans(children: Collection[int]) -> None:
@@ -174,9 +168,3 @@ def reap_orphans(children: Collection[int]) -> None:
                 if ended.si_pid in children:
                     return
                 os.waitpid(ended.si_pid, 0)
-
-
-def leave_signals_to_other_threads() -> None:
-    """Let signals not interrupt what the calling thread does from now on."""
-    if sys.platform != "win32":
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
