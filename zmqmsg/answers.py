@@ -83,15 +83,13 @@ class Process:
     """A shell command that runs. A thread reads what it prints, so that neither side can block the other.
 
     ``stdin``: its input, unbuffered. ``printed``: a queue of what it has printed, with b"" at the end. ``failure``: why
-    that is not all, if it is not. ``room``: bytes that it may still print. ``idle``: whether it owes nothing, so that
-    the main thread must be woken if it prints something.
+    that is not all, if it is not. ``room``: bytes that it may still print.
     """
 
     def __init__(self, command: str, attendant: Attendant, room: int) -> None:
         """Start ``command``; raise OSError if something for that is lacking."""
         self.room = room
         self.failure = ""
-        self.idle = False
         self.printed: SimpleQueue[bytes] = SimpleQueue()
         self._attendant = attendant
         self._popen = attendant.start_command(command)
@@ -110,15 +108,10 @@ class Process:
                     self.failure = TOO_MUCH
                     end_group(self._popen)  # here, since the main thread may wait for it to read
                     break
-                self._put(chunk)
+                self.printed.put(chunk)
         except OSError as error:
             self.failure = f"cannot read what the command prints: {error.strerror}"
-        self._put(b"")
-
-    def _put(self, chunk: bytes) -> None:
-        self.printed.put(chunk)
-        if self.idle:
-            self._attendant.wake()
+        self.printed.put(b"")
 
     def wait(self, seconds: float | None = None) -> int | None:
         """Return its exit status, negative for a signal; None if it does not end within ``seconds``."""
@@ -239,7 +232,6 @@ class Filter(Program):
     def __enter__(self) -> Self:
         """Start the command."""
         self._process = self._start("the filter could not be started")
-        self._process.idle = True
         return self
 
     def __exit__(self, *_error: object) -> None:
@@ -255,12 +247,10 @@ class Filter(Program):
         if end in line:
             notify(LINES_IN_REQUEST, "yellow")
             return [b""]
-        self._process.idle = False
         self._process.room = self._room + (not self._form.quoted)
         self._attendant.expect(SILENT, NOTICE_DELAY)
         answer = self._exchange(line + end, end)
         self._attendant.withdraw(SILENT)
-        self._process.idle = True
         return self._decode(answer, answer) if self._form.quoted else [self._form.strip_cr(answer)]
 
     def check(self) -> None:

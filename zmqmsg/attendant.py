@@ -30,7 +30,7 @@ class Attendant:
     SIGQUIT, ends the process and the commands that it has started, at once.
 
     ``requested``: when a stop was requested, by ``time.monotonic()``; infinity if it was not. ``serving``: whether
-    there may be requests to answer. ``sources``: what is readable when the main thread shall look up from a poll.
+    there may be requests to answer. ``sources``: what is readable when the main thread shall look up from its poll.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,6 @@ class Attendant:
         self._output: Output | None = None
         self._stop = Event()
         self._first_signal = 0
-        self._awake = False
         self._commands: set[Popen[bytes]] = set()
         self._starting = Lock()  # held while a command is started and noted
         self._due: dict[str, float] = {}
@@ -59,8 +58,7 @@ class Attendant:
         self._output = output
         self._signals, self._signal_writer = socketpair()
         reader, self._waker = socketpair()
-        for end in (self._signal_writer, reader, self._waker):
-            end.setblocking(False)
+        self._signal_writer.setblocking(False)
         self._signals.settimeout(LOOK_INTERVAL)
         start_thread(self._attend)
         self.sources = [reader]
@@ -70,19 +68,6 @@ class Attendant:
         signal.set_wakeup_fd(self._signal_writer.fileno())
 
     # What the main thread asks for
-
-    def wake(self) -> None:
-        """Let the main thread look up from its poll."""
-        with suppress(OSError):
-            self._waker.send(b"\0")
-        self._awake = True  # last, or clear() would leave the byte there, and the main thread could not sleep
-
-    def clear(self) -> None:
-        """Let the main thread sleep again after ``wake()``."""
-        if self._awake:
-            self._awake = False
-            with suppress(OSError):
-                self.sources[0].recv(4096)
 
     def wait(self, seconds: float) -> bool:
         """Wait for a request to stop, ``seconds`` at most, and return whether there is one."""
@@ -137,7 +122,7 @@ class Attendant:
             if self.serving:
                 self.expect(STOPPING, NOTICE_DELAY)
             self._stop.set()
-            self.wake()
+            self._waker.send(b"\0")
 
     def _look(self) -> None:
         """Give the notices that are due; end the process if it is to stop, and waits for somebody to read."""

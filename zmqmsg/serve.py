@@ -172,10 +172,8 @@ class Server:
             if idle:
                 if peers and not bound_sockets:
                     fail_without_hope(peers)
-                self._attendant.clear()
-                if self._attendant.requested == math.inf:  # otherwise that has woken us
-                    self._answer.check()
-                    wait(peers, [*sockets, *self._attendant.sources], math.inf)
+                self._answer.check()
+                wait(peers, [*sockets, *self._attendant.sources], math.inf)
         if self._has_no_time_left() and any(socket.poll(0) for socket in sockets):
             notify(f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered", "yellow")
 
