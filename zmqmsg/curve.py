@@ -88,9 +88,9 @@ def load_keys(
 
 
 def load_key_pair(path: str) -> tuple[bytes, bytes]:
-    """Return the public and the secret key in the file at ``path``, created if it is missing.
+    """Return the public and the secret key in the file at ``path``; create the file, or its public half, if missing.
 
-    If its public half is missing, that is written again. Raises UsageError if the file cannot be used.
+    Raises UsageError if the file cannot be used.
     """
     created = not os.path.exists(path) and _create(path)
     public, secret, status = _load(path, fifo=True)
@@ -99,8 +99,11 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
     if others_may_read(status):
         raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {shlex.quote(path)}")
     if stat.S_ISREG(status.st_mode) and not os.path.lexists(public_path(path)):
-        with suppress(click.UsageError):  # it is not needed here
+        try:
             _write(public_path(path), _certificate(public), 0o644)
+        except click.UsageError:
+            if created:  # otherwise it is not needed here
+                raise
     if created:
         notify(f"created {path}; give its public half, {public_path(path)}, to your peers")
     return public, secret
@@ -125,14 +128,20 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
     ``fifo``: whether it may be a FIFO, which is waited for. Raises UsageError, from an OSError if it cannot be read.
     """
     try:
-        data, status = _read_key_file(path, fifo=fifo)
+        kind = os.stat(path).st_mode  # before it is opened, which would wait for the writer of a FIFO
+        if not (stat.S_ISREG(kind) or (fifo and stat.S_ISFIFO(kind))):
+            raise click.UsageError(f"{path} is not a CURVE key file: it is not a regular file")
+        with open(path, "rb") as file:
+            status, data = os.fstat(file.fileno()), file.read(KEY_FILE_LIMIT + 1)
     except OSError as error:
         raise click.UsageError(f"cannot read key file {path}: {error.strerror}") from error
+    if len(data) > KEY_FILE_LIMIT:
+        raise click.UsageError(f"{path} is not a CURVE key file: it is too large")
     halves = dict(reversed(_HALF.findall(data))) or {b"public": data.rstrip(b"\0").strip()}
-    public, secret = halves.get(b"public"), halves.get(b"secret")
+    public, secret = halves.get(b"public", b""), halves.get(b"secret", b"")
     try:
-        valid = all(len(z85.decode(half)) == 32 for half in (public, secret) if half is not None)
-    except (ValueError, KeyError, IndexError, struct.error):  # the latter from pyzmq
+        valid = all(len(z85.decode(half)) == 32 for half in halves.values())
+    except (ValueError, KeyError, struct.error):  # from pyzmq
         valid = False
     if not valid:
         raise click.UsageError(f"{path} is not a CURVE key file: {EXAMPLE}")
@@ -141,40 +150,18 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
         raise click.UsageError(
             f"{path} is a key that works with nobody: its halves are no pair, or zeros; make a new one"
         )
-    return derived or b"", secret or b"", status
-
-
-def _read_key_file(path: str, *, fifo: bool) -> tuple[bytes, os.stat_result]:
-    """Return the contents and the status of the one file that is opened here; raise UsageError or OSError."""
-    _check_kind(path, os.stat(path), fifo=fifo)  # before it is opened, which would wait for the writer of a FIFO
-    with open(path, "rb", buffering=0) as file:
-        status = os.fstat(file.fileno())
-        _check_kind(path, status, fifo=fifo)
-        data = b""
-        while len(data) <= KEY_FILE_LIMIT and (more := file.read(KEY_FILE_LIMIT)):
-            data += more
-    if len(data) > KEY_FILE_LIMIT:
-        raise click.UsageError(f"{path} is not a CURVE key file: it is too large")
-    return data, status
-
-
-def _check_kind(path: str, status: os.stat_result, *, fifo: bool) -> None:
-    if not (stat.S_ISREG(status.st_mode) or (fifo and stat.S_ISFIFO(status.st_mode))):
-        raise click.UsageError(f"{path} is not a CURVE key file: it is not a regular file")
+    return derived, secret, status
 
 
 def _create(path: str) -> bool:
-    """Write both halves of a new key, the secret one first; return whether that was done here, not by another process.
+    """Write a new secret key; return whether that was done here, and not by another process at the same time.
 
     pyzmq's own writer overwrites files, and lets others read the secret.
     """
-    public, secret = zmq.curve_keypair()
     if os.path.lexists(public_path(path)) and not os.path.exists(path):
         raise click.UsageError(f"cannot create key file {public_path(path)}: {os.strerror(errno.EEXIST)}")
-    if not _write(path, f'{_certificate(public)}    secret-key = "{secret.decode()}"\n', 0o600):
-        return False
-    _write(public_path(path), _certificate(public), 0o644)
-    return True
+    public, secret = zmq.curve_keypair()
+    return _write(path, f'{_certificate(public)}    secret-key = "{secret.decode()}"\n', 0o600)
 
 
 def _certificate(public: bytes) -> str:
@@ -183,18 +170,19 @@ def _certificate(public: bytes) -> str:
 
 def _write(path: str, text: str, mode: int) -> bool:
     """Create the file at ``path``, whole or not at all; return False if there is one. Raises UsageError."""
+
+    def create(path: str) -> None:
+        with open(path, "x", opener=partial(os.open, mode=mode)) as file:
+            file.write(text)
+
     draft = f"{path}.{os.urandom(8).hex()}"
     try:
         try:
-            with open(draft, "x", opener=partial(os.open, mode=mode)) as file:
-                file.write(text)
+            create(draft)
             try:
                 os.link(draft, path)
-            except FileExistsError:
-                raise
-            except OSError:  # no hard links here, as on FAT
-                with open(path, "x", opener=partial(os.open, mode=mode)) as file:
-                    file.write(text)
+            except OSError:  # it exists, or there are no hard links here, as on FAT
+                create(path)
         finally:
             with suppress(FileNotFoundError):
                 os.unlink(draft)
