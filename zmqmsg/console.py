@@ -150,25 +150,25 @@ class ClientNotices:
     """Tells of clients that do not get in: of each once in a while, and not of too many."""
 
     def __init__(self) -> None:
-        self._given: dict[tuple[str, str], float] = {}
+        self._given: dict[str, float] = {}
         self._hidden_since = -math.inf
 
-    def report(self, address: str, notice: str) -> None:
-        """Give ``notice`` of a client at ``address``."""
+    def report(self, notice: str) -> None:
+        """Give ``notice``, which names a client, unless it was given a short time ago."""
         now = time.monotonic()
-        self._given = {client: since for client, since in self._given.items() if now - since < CLIENT_INTERVAL}
-        if (address, notice) in self._given:
+        self._given = {given: since for given, since in self._given.items() if now - since < CLIENT_INTERVAL}
+        if notice in self._given:
             return
         if len(self._given) < CLIENT_LIMIT:
-            self._given[address, notice] = now
+            self._given[notice] = now
             notify(notice, "yellow")
         elif now - self._hidden_since >= CLIENT_INTERVAL:
             self._hidden_since = now
             notify("further refusals are not shown for a while", "yellow")
 
-    def forget(self, address: str, notice: str) -> None:
+    def forget(self, notice: str) -> None:
         """Give ``notice`` again when it is due: the client has got in meanwhile."""
-        self._given.pop((address, notice), None)
+        self._given.pop(notice, None)
 
 
 def show_error(error: click.ClickException) -> None:

@@ -29,8 +29,13 @@ EXAMPLE = 'it has a line like this one: public-key = "Yne@$w-vo<fVvi]a<NY6T1ed:M
 SCAN_SHARE = 5
 """How many times the duration of the last scan of all client keys passes before the next one, for unknown keys."""
 
+WATCHED_FILES = 16
+"""Files without a key that are looked at for each unknown key: they may have been half written at the last scan."""
+
 NO_KEY = b"0" * 40
 """A key of zeros, as a program has it that was never given one."""
+
+Fingerprint = tuple[int, ...]
 
 _HALF = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\n]*)"', re.MULTILINE)
 
@@ -209,11 +214,11 @@ class ClientKeys:
         if not os.path.exists(path):
             raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
         self._path = path
-        self._fingerprint: Fingerprint = ()
-        self._files: dict[str, tuple[Fingerprint, bytes | None]] = {}
-        self._paths: dict[bytes, str] = {}
-        self._complete = False  # whether all could be read in the last scan
+        self._files: dict[str, tuple[Fingerprint, bytes]] = {}  # a key is empty if its file is none
+        self._paths: dict[bytes, str] = {}  # of the files of the keys
+        self._watched: dict[str, Fingerprint] = {}  # what is looked at for an unknown key before a scan
         self._next_scan = -math.inf
+        self._readable = True
         try:
             self._scan()
         except OSError as error:
@@ -224,54 +229,52 @@ class ClientKeys:
     def find(self, public: bytes) -> str | None:
         """Return the name of the file that holds ``public`` (Z85) now, or None.
 
-        Raises OSError if that cannot be known just now.
+        Raises OSError, and notifies the user, if that cannot be known just now.
         """
         path = self._paths.get(public)
         if path and _fingerprint_of(path) == self._files[path][0]:
             return os.path.basename(path)
-        if path or self._has_changed() or time.monotonic() >= self._next_scan:
-            self._scan()
-            path = self._paths.get(public)
-        if not path and not self._complete:
-            raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+        changed = any(_fingerprint_of(each) != fingerprint for each, fingerprint in self._watched.items())
+        if path or changed or time.monotonic() >= self._next_scan:
+            try:
+                self._scan()
+            except OSError as error:
+                if self._readable:
+                    reason = f"{error.strerror}; clients are not let in until that is over"
+                    notify(f"cannot read the client keys: {reason}", "yellow")
+                self._readable = False
+                raise
+            if not self._readable:
+                notify("the client keys can be read again")
+            self._readable = True
+        path = self._paths.get(public)
         return os.path.basename(path) if path else None
 
-    def _has_changed(self) -> bool:
-        """Return whether a file has come or gone, or one that was no key has changed: it may have been half written."""
-        keyless = (path for path, (_, key) in self._files.items() if not key)
-        looked_at = {self._path: self._fingerprint} | {path: self._files[path][0] for path in islice(keyless, 16)}
-        return any(_fingerprint_of(path) != fingerprint for path, fingerprint in looked_at.items())
-
     def _scan(self) -> None:
+        """Take over the keys as they are now: all of them, or none, with an OSError."""
         started = time.monotonic()
-        self._complete = False
-        try:
-            # What changes after this line is seen the next time.
-            self._fingerprint = _fingerprint_of(self._path)
-            files = {path: self._read(path, _fingerprint_of(path)) for path in self._list()}
-            self._complete = None not in files.values()
-            self._files = {path: file for path, file in files.items() if file}
-            self._paths = {key: path for path, (_, key) in self._files.items() if key}
-        finally:
-            now = time.monotonic()
-            self._next_scan = now + SCAN_SHARE * (now - started)
+        self._next_scan = -math.inf  # at once, if this one fails
+        watched = {self._path: _fingerprint_of(self._path)}  # first: what changes from now on is seen the next time
+        self._files = {path: self._read(path) for path in self._list()}
+        self._paths = {key: path for path, (_, key) in self._files.items() if key}
+        keyless = ((path, fingerprint) for path, (fingerprint, key) in self._files.items() if not key)
+        self._watched = watched | dict(islice(keyless, WATCHED_FILES))
+        now = time.monotonic()
+        self._next_scan = now + SCAN_SHARE * (now - started)
 
     def _list(self) -> list[str]:
-        try:
-            with os.scandir(self._path) as entries:
-                # Names that begin with a dot are those of drafts, and of the links by which secrets are mounted.
-                return [entry.path for entry in entries if not entry.name.startswith(".")]
-        except FileNotFoundError:
-            return []
-        except OSError:  # the reason depends on the system
-            if os.path.isfile(self._path):
-                return [self._path]
-            raise
+        if os.path.isfile(self._path):
+            return [self._path]
+        with suppress(FileNotFoundError), os.scandir(self._path) as entries:
+            # Names that begin with a dot are those of drafts, and of the links by which secrets are mounted.
+            return [entry.path for entry in entries if not entry.name.startswith(".")]
+        return []
 
-    def _read(self, path: str, fingerprint: "Fingerprint") -> tuple["Fingerprint", bytes | None] | None:
-        """Return the fingerprint of a file and its key, if it is one; None if that cannot be known just now."""
+    def _read(self, path: str) -> tuple[Fingerprint, bytes]:
+        """Return the fingerprint of a file and the key in it; raise OSError if that cannot be known just now."""
+        fingerprint = _fingerprint_of(path)
         if not fingerprint:  # it has just been removed
-            return (), None
+            return (), b""
         if path in self._files and self._files[path][0] == fingerprint:
             return self._files[path]
         try:
@@ -279,12 +282,9 @@ class ClientKeys:
         except click.UsageError as error:
             cause = error.__cause__
             if isinstance(cause, OSError) and cause.errno in SHORTAGES:
-                return None
+                raise cause from None
             notify(f"{error.message}; it lets nobody in", "yellow")
-            return fingerprint, None
-
-
-Fingerprint = tuple[int, ...]
+            return fingerprint, b""
 
 
 def _fingerprint_of(path: str) -> Fingerprint:
@@ -305,49 +305,32 @@ def start_zap_handler(context: Context, clients: ClientKeys) -> None:
     handler = new_socket(context, zmq.REP)
     handler.linger = 0
     handler.bind("inproc://zeromq.zap.01")
-    judge = _Judge(clients)
+    refused = ClientNotices()
 
-    def answer() -> None:
+    def run() -> None:
         with handler, suppress(zmq.ContextTerminated):
             while True:
-                handler.send_multipart(judge.answer(handler.recv_multipart()))
+                handler.send_multipart(_answer(handler.recv_multipart(), clients, refused))
 
-    start_thread(answer)
+    start_thread(run)
 
 
-class _Judge:
-    """Decides who is let in, and tells of those who are not."""
-
-    def __init__(self, clients: ClientKeys) -> None:
-        self._clients = clients
-        self._refused = ClientNotices()
-        self._unreadable = ""  # why the keys could not be read at the last look
-
-    def answer(self, request: list[bytes]) -> list[bytes]:
-        """Return the ZAP reply: 200 with the name of the client's key file as its user id, 400, or 300: come again."""
-        version, request_id, _domain, peer, _identity, mechanism, credentials = (*request[:7], *[b""] * 7)[:7]
-        status, text, user_id = b"400", b"unknown key", b""
-        if mechanism == b"CURVE" and len(credentials) == 32:
-            public, address = z85.encode(credentials), peer.decode(errors="backslashreplace")
-            notice = f"refused a client from {address}: its public key {public.decode()} is not known"
-            try:
-                name = self._clients.find(public)
-                self._tell_whether_readable("")
-            except OSError as error:
-                self._tell_whether_readable(error.strerror or "")
-                status, text = b"300", b"client keys cannot be read just now"
+def _answer(request: list[bytes], clients: ClientKeys, refused: ClientNotices) -> list[bytes]:
+    """Return the ZAP reply: 200 with the name of the client's key file as its user id, 400, or 300: come again."""
+    version, request_id, _domain, peer, _identity, mechanism, credentials = (*request, *[b""] * 7)[:7]
+    status, text, user_id = b"400", b"unknown key", b""
+    if mechanism == b"CURVE" and len(credentials) == 32:
+        public, address = z85.encode(credentials), peer.decode(errors="backslashreplace")
+        notice = f"refused a client from {address}: its public key {public.decode()} is not known"
+        try:
+            name = clients.find(public)
+        except OSError:
+            status, text = b"300", b"client keys cannot be read just now"
+        else:
+            if name:
+                refused.forget(notice)
+                status, text = b"200", b"OK"
+                user_id = name.encode(errors="backslashreplace")  # pyzmq reads it as UTF-8
             else:
-                if name:
-                    self._refused.forget(address, notice)
-                    status, text = b"200", b"OK"
-                    user_id = name.encode(errors="backslashreplace")  # pyzmq reads it as UTF-8
-                else:
-                    self._refused.report(address, notice)
-        return [version, request_id, status, text, user_id, b""]
-
-    def _tell_whether_readable(self, why_not: str) -> None:
-        if why_not and not self._unreadable:
-            notify(f"cannot read the client keys: {why_not}; clients are not let in until that is over", "yellow")
-        elif self._unreadable and not why_not:
-            notify("the client keys can be read again")
-        self._unreadable = why_not
+                refused.report(notice)
+    return [version, request_id, status, text, user_id, b""]

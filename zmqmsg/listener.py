@@ -129,7 +129,7 @@ def _report_handshakes(monitor: Socket) -> None:
                 unfinished.discard(value)
                 # A client that looks why it does not get through hangs up as well.
                 if reason and not (reason is HUNG_UP and address in explained):
-                    notices.report(address, f"a client from {address} did not get through: {reason}")
+                    notices.report(f"a client from {address} did not get through: {reason}")
                 if reason and reason is not HUNG_UP:
                     explained.add(address)
                 reason = ""
