@@ -9,7 +9,7 @@ import stat
 import sys
 import time
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import IO, Any, NamedTuple, TextIO, cast
 
 import click
@@ -134,16 +134,12 @@ _standard_error = _StandardError()
 
 def notify(text: str, colour: str = "cyan") -> None:
     """Write a notice to standard error: one line, with whatever it quotes escaped."""
-    line = "zmqmsg: " + escape_line(text)
-    if _has_colours():
-        line = line.replace("zmqmsg:", click.style("zmqmsg:", fg=colour), 1)
-    # Below the progress bar, if there is one.
-    _standard_error.write("\n" * _standard_error.line_begun + line + "\n")
-
-
-def _has_colours() -> bool:
+    prefix = "zmqmsg:"
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    return COLOURS and not plain and _standard_error.isatty()
+    if COLOURS and not plain and _standard_error.isatty():
+        prefix = click.style(prefix, fg=colour)
+    # Below the progress bar, if there is one.
+    _standard_error.write("\n" * _standard_error.line_begun + f"{prefix} {escape_line(text)}\n")
 
 
 class ClientNotices:
@@ -204,7 +200,8 @@ class Output:
         Raises BrokenPipeError if the reader is gone, Failure if writing fails otherwise.
         """
         if self._readable:
-            frames = [self._make_readable([bytes(frame) for frame in frames])]
+            copies = [bytes(frame) for frame in frames]
+            frames = [quote(copies) if self._form.quoted or len(copies) > 1 else escape(copies[0])]
         terminator = self._form.terminator
         try:
             if self._stream is None:
@@ -221,9 +218,6 @@ class Output:
             raise Failure(f"cannot write to standard output: {error.strerror}") from error
         finally:
             self.writing_since = math.inf
-
-    def _make_readable(self, frames: Sequence[bytes]) -> bytes:
-        return quote(frames) if self._form.quoted or len(frames) > 1 else escape(frames[0])
 
 
 def is_stalled(output: Output | None, now: float) -> bool:
@@ -242,11 +236,11 @@ def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: 
     """
     yield from arguments
     for file in files:
-        yield [b"".join(_read_standard_input() if file == "-" else _read_file(file))]
+        yield [b"".join(_read_chunks(file))]
     if not arguments and not files:
         if _is_terminal(sys.stdin):
             notify(f"reading messages, one per line; press {END_OF_INPUT} to finish")
-        lines = _show_progress(_split_lines(_read_standard_input(), form))
+        lines = _show_progress(_split_lines(_read_chunks("-"), form))
         for number, line in enumerate(lines, start=1):
             try:
                 yield form.decode(line)
@@ -254,30 +248,19 @@ def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: 
                 raise Failure(f"line {number} of standard input: {error}") from error
 
 
-def _read_file(file: str) -> Iterator[bytes]:
+def _read_chunks(file: str) -> Iterator[bytes]:
+    """Yield what can be read from ``file`` (``-``: standard input), as soon as it can; raise Failure if that fails."""
     try:
-        with open(file, "rb", buffering=0) as opened:
-            yield from _read_chunks(opened)
+        with nullcontext(_raw(sys.stdin)) if file == "-" else open(file, "rb", buffering=0) as stream:
+            if stream is None:
+                raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            while (chunk := stream.read(CHUNK)) != b"":
+                if chunk is None:  # non-blocking, and nothing there, or another reader was faster
+                    time.sleep(RETRY_INTERVAL)
+                else:
+                    yield chunk
     except OSError as error:
-        raise Failure(f"cannot read {file}: {error.strerror}") from error
-
-
-def _read_standard_input() -> Iterator[bytes]:
-    try:
-        yield from _read_chunks(_raw(sys.stdin))
-    except OSError as error:
-        raise Failure(f"cannot read standard input: {error.strerror}") from error
-
-
-def _read_chunks(stream: Any) -> Iterator[bytes]:
-    """Yield what can be read from an unbuffered stream, as soon as it can."""
-    if stream is None:
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-    while (chunk := stream.read(CHUNK)) != b"":
-        if chunk is None:  # non-blocking, and nothing there, or another reader was faster
-            time.sleep(RETRY_INTERVAL)
-        else:
-            yield chunk
+        raise Failure(f"cannot read {'standard input' if file == '-' else file}: {error.strerror}") from error
 
 
 def _split_lines(chunks: Iterator[bytes], form: Form) -> Iterator[bytes]:
@@ -303,13 +286,8 @@ def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
     file = cast(TextIO, _standard_error)
     columns = os.get_terminal_size(_raw(sys.stderr).fileno()).columns or 80
     wide = columns >= 60  # what is around the bar takes 10 columns, and 10 more with the time
-    with click.progressbar(
-        length=length,
-        file=file,
-        update_min_steps=length // 200,
-        show_eta=wide,
-        width=36 if wide else max(min(36, columns - 12), 1),
-    ) as bar:
+    width = 36 if wide else max(min(36, columns - 12), 1)
+    with click.progressbar(length=length, file=file, update_min_steps=length // 200, show_eta=wide, width=width) as bar:
         for line in lines:
             yield line
             bar.update(len(line) + 1)
@@ -318,10 +296,8 @@ def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
 def _redirected_bytes() -> int:
     """Return how many bytes are left of the file that is standard input; 0 if it is none."""
     stream = _raw(sys.stdin)
-    if stream is None:
-        return 0
-    status = os.fstat(stream.fileno())
-    return status.st_size - stream.tell() if stat.S_ISREG(status.st_mode) else 0
+    status = os.fstat(stream.fileno()) if stream else None
+    return status.st_size - stream.tell() if status and stat.S_ISREG(status.st_mode) else 0
 
 
 def _raw(stream: IO[str] | None) -> Any:
