@@ -3,11 +3,10 @@
 libzmq tells when a connection is made, ready and ended. Why nobody is ready is asked of the peer: see ``diagnosis``.
 """
 
-import enum
 import math
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 from typing import Any, cast
@@ -15,11 +14,14 @@ from typing import Any, cast
 import zmq
 
 from zmqmsg.console import NOTICE_DELAY, Failure, notify
-from zmqmsg.diagnosis import CONNECT_LIMIT, Background, Finding, Probe, diagnose, resolve_numeric
+from zmqmsg.diagnosis import CONNECT_LIMIT, OLD_PEER, Background, Finding, diagnose, resolve_numeric
 from zmqmsg.sockets import Socket, connect, is_named, open_monitor
 
 PROBE_DELAY = 0.5
 """Seconds without a ready peer before the first probe of what stands in the way."""
+
+PROBE_INTERVAL = 1.0
+"""Seconds between the end of a probe and the next one."""
 
 RESOLVE_INTERVAL = 1.0
 """Seconds after a name could not be resolved before it is tried again."""
@@ -57,18 +59,10 @@ NOT_REFUSED_FOR_GOOD = {
 }
 
 
-class State(enum.Enum):
-    """How far a peer has come with the link that it has now."""
-
-    UNCONNECTED = enum.auto()
-    CONNECTING = enum.auto()
-    READY = enum.auto()
-
-
 class Peer:
     """An endpoint that is connected to again and again until it is ready. The user is told what it waits for.
 
-    ``link``: the latest one. ``was_ready``: whether that has been so in this run.
+    ``link``: the latest one. ``was_ready``: whether the peer has been ready in this run.
     """
 
     def __init__(
@@ -88,10 +82,9 @@ class Peer:
         self.endpoint = endpoint
         self.link = Link(open_socket())
         self.was_ready = False
-        self._state = State.UNCONNECTED
         self._open_socket = open_socket
         self._probe_delay = probe_delay
-        self._announce = announce or verbose  # whether to say when the peer is ready next
+        self._announce = announce
         self._verbose = verbose
         self._wait: Wait | None = None  # None: not yet, or the peer is ready
         self._next_connect = 0.0
@@ -104,43 +97,40 @@ class Peer:
             return True
         self.link.read_events()
         if self.link.ended:
-            if self._verbose and self._state is State.READY:
+            if self._verbose and self.link.ready:
                 notify(f"connection to {self.endpoint} lost")
             self.renew()
-        if self._state is not State.READY:
-            self._approach(now, self._wait or self._begin_wait(now))
-        if self._state is State.READY:
+        if not self.link.ready:
+            self._approach(now)
+        if self.link.ready:
             self._next_update = now + UPDATE_INTERVAL
-        return self._state is State.READY
+        return self.link.ready
 
-    def _begin_wait(self, now: float) -> "Wait":
-        wanted = ("REP", "ROUTER") if self.link.socket.type == zmq.REQ else ("DEALER", "REQ")
-        probe = partial(diagnose, self.endpoint, wanted, curve=self.link.uses_curve, was_ready=self.was_ready)
-        self._wait = Wait(self.endpoint, Probe(probe, now + self._probe_delay, self._probe_delay), now)
-        return self._wait
-
-    def _approach(self, now: float, wait: "Wait") -> None:
+    def _approach(self, now: float) -> None:
         """Take each step towards a ready peer that is due."""
-        if self._state is State.UNCONNECTED and now >= self._next_connect and (address := wait.addresses.next(now)):
+        link = self.link
+        if not self._wait:
+            wanted = ("REP", "ROUTER") if link.socket.type == zmq.REQ else ("DEALER", "REQ")
+            probe = partial(diagnose, self.endpoint, wanted, curve=link.uses_curve, was_ready=self.was_ready)
+            self._wait = Wait(self.endpoint, probe, self._probe_delay, now)
+        wait = self._wait
+        if not link.begun and now >= self._next_connect and (address := wait.next_address()):
             self._next_connect = now + CONNECT_INTERVAL
-            self.link.connect(address, limit=CONNECT_LIMIT if address != self.endpoint else 0)
-            self._state = State.CONNECTING
-        wait.probe.update(now)
+            link.connect(address, limit=CONNECT_LIMIT if address != self.endpoint else 0)
+        wait.probe(now)
         # libzmq reports no handshake of an old peer. What is found at an earlier one says nothing about this one.
-        if self.link.greeted or wait.probe.found_old_peer_since(self.link.connected_at):
-            self._state = State.READY
-            self.was_ready = True
-            self._wait = None
-            if self._announce or wait.notice:
+        if link.handshake_done or link.connected_at < wait.old_peer_probed_at:
+            if self._verbose or wait.notice or (self._announce and not self.was_ready):
                 notify(f"connected to {self.endpoint}")
+            link.ready = self.was_ready = True
+            self._wait = None
         else:
             wait.report(now)
 
     @property
     def trouble(self) -> Finding:
-        """Why the peer is not ready. It is never hopeless where a good peer was before, which may come back."""
-        found = self._wait.trouble if self._wait else NO_ANSWER
-        return found._replace(hopeless=found.hopeless and not self.was_ready)
+        """Why the peer is not ready."""
+        return self._wait.trouble if self._wait else NO_ANSWER
 
     def pause(self, now: float) -> float:
         """Return the seconds until ``update()`` is due without an event: more the longer the wait has been."""
@@ -148,16 +138,13 @@ class Peer:
 
     def renew(self) -> None:
         """Start again with a new link. A request that lies in the old one is not sent any more."""
-        if self._state is State.READY:
-            self._announce = self._verbose
-        wait = self._wait or self._begin_wait(time.monotonic())
         link = self.link
-        wait.handshake_trouble = link.handshake_trouble or wait.handshake_trouble
-        if link.ended and not link.connected and wait.addresses.left:
-            self._next_connect = 0  # an address that does not accept connections holds up none of the others
+        if wait := self._wait:
+            wait.handshake_trouble = link.handshake_trouble or wait.handshake_trouble
+            if wait.addresses and link.ended and not link.connected:
+                self._next_connect = 0  # an address that does not accept connections holds up none of the others
         link.close()
         self.link = Link(self._open_socket())
-        self._state = State.UNCONNECTED
         self._next_update = 0
 
     def close(self) -> None:
@@ -168,59 +155,73 @@ class Peer:
 class Wait:
     """A wait for a peer: since when, what stands in the way, and what the user was told of it.
 
-    ``handshake_trouble``: how the last handshake has failed. ``notice``: what the user was told last.
+    ``addresses``: those that are still to be tried. ``handshake_trouble``: how the last handshake has failed.
+    ``old_peer_probed_at``: when the probe began that has found a usable peer of ZMTP 1 or 2. ``notice``: the last one.
     """
 
-    def __init__(self, endpoint: str, probe: Probe, now: float) -> None:
-        """Begin to wait at ``now``; ``probe`` finds out what stands in the way of ``endpoint``."""
+    def __init__(
+        self, endpoint: str, diagnose: Callable[[], Iterator[Finding]], probe_delay: float, now: float
+    ) -> None:
+        """Begin at ``now`` to wait for ``endpoint``; ``diagnose`` finds out what stands in the way."""
         self.since = now
-        self.addresses = Addresses(endpoint)
-        self.probe = probe
-        self.handshake_trouble = NO_ANSWER
+        self.addresses: list[str] = []
+        self.handshake_trouble: Finding | None = None
+        self.old_peer_probed_at = -math.inf
         self.notice = ""
         self._endpoint = endpoint
+        self._diagnose = diagnose
+        self._probe_delay = probe_delay
+        self._resolutions = resolve_repeatedly(endpoint)
+        self._probe: Background[Finding] | None = None
+        self._finding: Finding | None = None
+
+    def next_address(self) -> str | None:
+        """Return the endpoint, its address in numbers, to connect to next; None while the name is resolved."""
+        self.addresses = self.addresses or next(self._resolutions)
+        return self.addresses.pop(0) if self.addresses else None
+
+    def probe(self, now: float) -> None:
+        """Note what was found, on the way only if the probe is held up there; begin another probe if that is due."""
+        probe = self._probe
+        if probe and now >= min(probe.ended, probe.began + self._probe_delay):
+            self._finding = probe.latest
+            if probe.latest == OLD_PEER:
+                self.old_peer_probed_at = probe.began
+        if now >= (probe.ended + PROBE_INTERVAL if probe else self.since + self._probe_delay):
+            self._probe = Background(self._diagnose())
 
     @property
     def trouble(self) -> Finding:
         """Why the peer is not ready: as the peer or the system says, or else as the last handshake has failed."""
-        finding = self.probe.finding
-        if finding and finding.reason:
-            return finding
-        return UNFINISHED if finding and self.handshake_trouble is NO_ANSWER else self.handshake_trouble
+        if self._finding and self._finding.reason:
+            return self._finding
+        return self.handshake_trouble or (UNFINISHED if self._finding else NO_ANSWER)
 
     def report(self, now: float) -> None:
         """Tell the user of a wait that lasts, and again when the reason is another one."""
         trouble = self.trouble
         notice = f"waiting for {self._endpoint}: {trouble.reason}"
         # The handshake of a server that has just come is about to end.
-        too_early = trouble is UNFINISHED and now < self.probe.ended + PROBE_DELAY
-        if self.probe.finding and now - self.since >= NOTICE_DELAY and notice != self.notice and not too_early:
+        too_early = trouble is UNFINISHED and self._probe and now < self._probe.ended + PROBE_DELAY
+        if self._finding and now - self.since >= NOTICE_DELAY and notice != self.notice and not too_early:
             notify(notice)
             self.notice = notice
 
 
-class Addresses:
-    """The endpoints, with addresses in numbers, that an endpoint stands for; one that has no name stands for itself.
+def resolve_repeatedly(endpoint: str) -> Iterator[list[str]]:
+    """Yield the endpoints, with addresses in numbers, that ``endpoint`` stands for; none while its name is resolved.
 
     libzmq would resolve a name on the thread that does everything else, and try only the first address.
     """
-
-    def __init__(self, endpoint: str) -> None:
-        """Begin with the first address of ``endpoint``."""
-        self.left: list[str] = []
-        self._endpoint = endpoint
-        self._resolver: Background[list[str]] | None = None
-
-    def next(self, now: float) -> str | None:
-        """Return the next one, or None while the name is resolved. After the last one, it is resolved again."""
-        if not is_named(self._endpoint):
-            return self._endpoint
-        if self._resolver and self._resolver.ended < math.inf and self._resolver.latest:
-            self.left = self._resolver.latest
-            self._resolver = None
-        elif not self.left and (not self._resolver or now >= self._resolver.ended + RESOLVE_INTERVAL):
-            self._resolver = Background(resolve_numeric(self._endpoint))
-        return self.left.pop(0) if self.left else None
+    while not is_named(endpoint):
+        yield [endpoint]
+    while True:
+        resolver = Background(resolve_numeric(endpoint))
+        while resolver.ended == math.inf:
+            yield []
+        while not resolver.latest and time.monotonic() < resolver.ended + RESOLVE_INTERVAL:
+            yield []
+        yield resolver.latest or []
 
 
 _names = (f"inproc://zmqmsg.monitor.{number}" for number in count())
@@ -230,16 +231,19 @@ class Link:
     """A socket that connects once, and all that libzmq reports of that connection.
 
     libzmq is told never to connect again. So what was sent over a link that has ended cannot be sent a second time
-    behind our back. ``connected_at``: when it was connected, by ``time.monotonic()``; infinity if it was not.
-    ``zap_status``: why the peer has refused us; 0 if it has not.
+    behind our back. ``begun``: whether it was told to connect. ``connected_at``: when it was connected, by
+    ``time.monotonic()``; infinity if it was not. ``ready``: whether requests may be sent, as the Peer has found out.
     """
 
     def __init__(self, socket: Socket) -> None:
         """Watch ``socket``, which is not connected yet; raise Failure, and close it, if there are too many sockets."""
         self.socket = socket
+        self.uses_curve = socket.mechanism == zmq.CURVE
+        self.begun = False
         self.connected_at = math.inf
-        self.zap_status = 0
+        self.ready = False
         self._events = 0  # all that have happened
+        self._zap_status = 0  # why the peer has refused us
         try:
             self.monitor = open_monitor(socket, next(_names), CONNECTED | HANDSHAKE_DONE | ENDED)
         except Failure:
@@ -252,9 +256,9 @@ class Link:
         return self.connected_at < math.inf
 
     @property
-    def greeted(self) -> bool:
-        """Whether the handshake is done, and the connection has not ended."""
-        return self._events & (HANDSHAKE_DONE | ENDED) == HANDSHAKE_DONE
+    def handshake_done(self) -> bool:
+        """Whether libzmq has reported that the handshake is done, as it does for new peers alone."""
+        return self._events & HANDSHAKE_DONE != 0
 
     @property
     def ended(self) -> bool:
@@ -264,23 +268,19 @@ class Link:
     @property
     def handshake_trouble(self) -> Finding | None:
         """How the handshake has failed, if it has."""
-        if self.zap_status:
-            return NOT_REFUSED_FOR_GOOD.get(self.zap_status, KEY_NOT_KNOWN if self.uses_curve else NOT_LET_IN)
-        if self.ended and self._events & (CONNECTED | HANDSHAKE_DONE) == CONNECTED:
+        if self._zap_status:
+            return NOT_REFUSED_FOR_GOOD.get(self._zap_status, KEY_NOT_KNOWN if self.uses_curve else NOT_LET_IN)
+        if self.ended and self.connected and not self.handshake_done:
             return CURVE_FAILING if self.uses_curve else HANDSHAKE_FAILING
         return None
 
-    @property
-    def uses_curve(self) -> bool:
-        """Whether the socket has CURVE keys."""
-        return bool(self.socket.mechanism == zmq.CURVE)
-
     def connect(self, endpoint: str, *, limit: float) -> None:
         """Connect to ``endpoint``, whose address is in numbers; ``limit``: seconds to accept the connection, 0: any."""
+        self.begun = True
         self.socket.connect_timeout = round(limit * 1000)
         connect(self.socket, endpoint)
         if endpoint.startswith("inproc://"):  # which raises no events
-            self._events = CONNECTED | HANDSHAKE_DONE
+            self._events = HANDSHAKE_DONE
 
     def read_events(self) -> None:
         """Collect the events that libzmq has reported. What follows from them is up to the caller."""
@@ -291,7 +291,7 @@ class Link:
             if event == CONNECTED:
                 self.connected_at = time.monotonic()
             elif event == HANDSHAKE_REFUSED:
-                self.zap_status = value
+                self._zap_status = value
 
     def was_rejected(self) -> bool:
         """Return whether our side has ended the connection because of what came over it.
@@ -333,8 +333,6 @@ def wait(peers: Sequence[Peer], sources: Sequence[Any], until: float) -> None:
 
 
 def fail_without_hope(peers: Sequence[Peer]) -> None:
-    """Raise Failure, with the reasons, if none of ``peers`` can ever be ready."""
-    troubles = [peer.trouble for peer in peers]
-    if all(trouble.hopeless for trouble in troubles):
-        both = zip(peers, troubles, strict=True)
-        raise Failure("; ".join(f"{peer.endpoint}: {trouble.reason}" for peer, trouble in both))
+    """Raise Failure, with the reasons, if none of ``peers`` can ever be ready. One that was ready may come back."""
+    if all(peer.trouble.hopeless and not peer.was_ready for peer in peers):
+        raise Failure("; ".join(f"{peer.endpoint}: {peer.trouble.reason}" for peer in peers))

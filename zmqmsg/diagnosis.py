@@ -6,7 +6,7 @@ ZMTP, the protocol, is described at https://rfc.zeromq.org/spec/23 (3.0), /15 (2
 
 import math
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
@@ -21,9 +21,6 @@ GREETING_DELAY = 5.0
 
 STEP_LIMIT = 60.0
 """Seconds in which a peer has to take the next step before the probe ends."""
-
-PROBE_INTERVAL = 1.0
-"""Seconds between the end of a probe and the next one."""
 
 CONNECT_LIMIT = 10.0
 """Seconds in which one of several addresses has to accept a connection."""
@@ -57,6 +54,7 @@ class Finding(NamedTuple):
 
 
 NOTHING_WRONG = Finding("")
+OLD_PEER = Finding("", old=True)
 
 
 class Background(Generic[T]):
@@ -82,45 +80,6 @@ class Background(Generic[T]):
             for latest in self._iterator:
                 self.latest = latest
         self.ended = time.monotonic()
-
-
-class Probe:
-    """Finds out, again and again, what stands in the way at an endpoint.
-
-    ``finding``: the latest word that counts.
-    """
-
-    def __init__(self, diagnose: Callable[[], Iterator[Finding]], first: float, delay: float) -> None:
-        """Prepare to run ``diagnose`` at ``first``, by ``time.monotonic()``.
-
-        What it finds on the way counts after ``delay`` seconds: only then it is held up there.
-        """
-        self.finding: Finding | None = None
-        self._diagnose = diagnose
-        self._due = first
-        self._delay = delay
-        self._current: Background[Finding] | None = None
-        self._found_by: Background[Finding] | None = None
-
-    @property
-    def ended(self) -> float:
-        """When the latest probe ended; infinity if it has not, or if there was none."""
-        return self._current.ended if self._current else math.inf
-
-    def update(self, now: float) -> None:
-        """Begin to probe if that is due, and take note of what was found."""
-        if now >= (self.ended + PROBE_INTERVAL if self._current else self._due):
-            self._current = Background(self._diagnose())
-        elif self._current and (self.ended <= now or now - self._current.began >= self._delay):
-            self.finding = self._current.latest
-            self._found_by = self._current
-
-    def found_old_peer_since(self, connected_at: float) -> bool:
-        """Return whether a probe that began after ``connected_at`` has found a usable peer of ZMTP 1 or 2."""
-        found = self.finding
-        if not (found and self._found_by):
-            return False
-        return found.old and not found.hopeless and self._found_by.began > connected_at
 
 
 def resolve(endpoint: str) -> list[tuple[int, Any]]:
