@@ -25,18 +25,21 @@ STEP_LIMIT = 60.0
 CONNECT_LIMIT = 10.0
 """Seconds in which one of several addresses has to accept a connection."""
 
+# How ZMTP 2 and 3 begin; then comes the version, and then the mechanism, as-server and filler.
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
-"""How ZMTP 2 and 3 begin."""
-
 GREETING_VERSION = b"\x03\x00"
 GREETING_REST = b"NULL".ljust(20, b"\0") + bytes(32)
-"""The rest of a ZMTP 3.0 greeting: the mechanism, as-server and filler."""
 
 READY = b"\x04\x19\x05READY\x0bSocket-Type" + (3).to_bytes(4) + b"REQ"
 """The command that ends a handshake of ours: flags, length, name, and one property with the length of its value."""
 
 OLD_TYPES = ("PAIR", "PUB", "SUB", "REQ", "REP", "DEALER", "ROUTER", "PULL", "PUSH", "XPUB", "XSUB")
 """The socket types of ZMTP 2, in the order of their numbers."""
+
+WRONG_MECHANISM = {
+    "CURVE": "it requires CURVE; pass --server-key",
+    "NULL": "it does not use CURVE: is it the right server?",
+}
 
 T = TypeVar("T")
 
@@ -53,25 +56,23 @@ class Finding(NamedTuple):
     old: bool = False
 
 
-NOTHING_WRONG = Finding("")
 OLD_PEER = Finding("", old=True)
 
 
 class Background(Generic[T]):
-    """An iterator that runs in a daemon thread, as a name server or a peer may hold it up for as long as it likes.
+    """Runs an iterator in a daemon thread, as a name server or a peer may hold it up for as long as it likes.
 
     ``latest``: what it has yielded last. ``began`` and ``ended``: when, in seconds; infinity if it has not ended.
     """
 
     def __init__(self, iterator: Iterator[T]) -> None:
-        """Start to run ``iterator``."""
         self.latest: T | None = None
         self.began = time.monotonic()
         self.ended = math.inf
         self._iterator = iterator
         try:
             start_thread(self._run)
-        except OSError:  # whoever wants the answer asks again
+        except OSError:  # too many threads; whoever wants the answer asks again
             self.ended = self.began
 
     def _run(self) -> None:
@@ -80,6 +81,49 @@ class Background(Generic[T]):
             for latest in self._iterator:
                 self.latest = latest
         self.ended = time.monotonic()
+
+
+def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, was_ready: bool) -> Iterator[Finding]:
+    """Yield where the way to a peer at ``endpoint`` stands, step by step; the last finding is final.
+
+    ``wanted``: the types that its socket may have. ``curve``: whether we use CURVE. ``was_ready``: whether a good peer
+    has been there, so that the port is certainly right. Each step takes ``STEP_LIMIT`` seconds at most; name resolution
+    has no limit.
+    """
+    yield Finding("resolving the name takes long")
+    try:
+        addresses = resolve(endpoint)
+    except (OSError, UnicodeError) as error:
+        host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+        yield Finding(f"cannot resolve {host}: {in_words(error)}")
+        return
+
+    yield Finding("connecting takes long")
+    try:
+        peer = connect_to_any(addresses)
+    except OSError as error:
+        yield Finding(in_words(error))
+        return
+
+    with peer:
+        try:
+            yield from greet(peer, wanted, curve=curve, was_ready=was_ready)
+        except TimeoutError:
+            return
+        except OSError:
+            yield Finding("connected, but the connection was closed during the ZeroMQ handshake")
+
+
+def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
+    """Yield, once, the endpoints with addresses in numbers that ``endpoint`` stands for; none if there are none."""
+    addresses: list[tuple[int, Any]] = []
+    with suppress(OSError, UnicodeError):
+        addresses = resolve(endpoint)
+    yield [
+        # An IPv6 address has a flow label and a scope, which a link-local one needs.
+        f"tcp://[{host}{f'%{rest[1]}' if rest[1] else ''}]:{port}" if rest else f"tcp://{host}:{port}"
+        for _family, (host, port, *rest) in addresses
+    ]
 
 
 def resolve(endpoint: str) -> list[tuple[int, Any]]:
@@ -96,58 +140,6 @@ def resolve(endpoint: str) -> list[tuple[int, Any]]:
     found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     addresses = [(int(family), address) for family, _, _, _, address in found]
     return sorted(dict.fromkeys(addresses), key=lambda each: each[0] != socket.AF_INET)
-
-
-def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
-    """Yield, once, the endpoints with addresses in numbers that ``endpoint`` stands for; none if there are none."""
-    try:
-        addresses = resolve(endpoint)
-    except (OSError, UnicodeError):
-        addresses = []
-    yield [
-        # An IPv6 address has a flow label and a scope, which a link-local one needs.
-        f"tcp://[{host}{f'%{rest[1]}' if rest[1] else ''}]:{port}" if rest else f"tcp://{host}:{port}"
-        for _family, (host, port, *rest) in addresses
-    ]
-
-
-def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, was_ready: bool) -> Iterator[Finding]:
-    """Yield where the way to a peer at ``endpoint`` stands, step by step; the last finding is final.
-
-    ``wanted``: the types that its socket may have. ``curve``: whether we use CURVE. ``was_ready``: whether a good peer
-    has been there, so that the port is certainly right. Each step takes as long as the peer or the system likes, within
-    ``STEP_LIMIT`` seconds; name resolution has no limit.
-    """
-    yield Finding("resolving the name takes long")
-    host = endpoint.removeprefix("tcp://").rpartition(":")[0]
-    try:
-        addresses = resolve(endpoint)
-    except (OSError, UnicodeError) as error:
-        yield Finding(f"cannot resolve {host}: {in_words(error)}")
-        return
-
-    yield Finding("connecting takes long")
-    try:
-        peer = connect_to_any(addresses)
-    except OSError as error:
-        yield Finding(in_words(error))
-        return
-
-    with peer:
-        yield Finding("connected, but no ZeroMQ greeting yet")
-        try:
-            peer.sendall(SIGNATURE)
-            try:
-                received = read_first_bytes(peer, GREETING_DELAY)
-            except TimeoutError:
-                likely = "the server may be hung" if was_ready else "wrong port, or a hung server?"
-                yield Finding(f"connected, but no ZeroMQ greeting yet; {likely}")
-                received = read_first_bytes(peer, STEP_LIMIT)
-            yield from read_answer(peer, received, wanted, curve=curve)
-        except TimeoutError:
-            return
-        except OSError:
-            yield Finding("connected, but the connection was closed during the ZeroMQ handshake")
 
 
 def connect_to_any(addresses: list[tuple[int, Any]]) -> "socket":
@@ -173,64 +165,65 @@ def connect_to_any(addresses: list[tuple[int, Any]]) -> "socket":
     raise failures[0]
 
 
-def read_first_bytes(peer: "socket", limit: float) -> bytes:
-    """Return what a peer says first: a whole signature, a whole greeting of ZMTP 1, or something else.
-
-    Raises TimeoutError if nothing has come within ``limit`` seconds.
-    """
-    peer.settimeout(limit)
-    received = read(peer, b"", 1)
-    peer.settimeout(STEP_LIMIT)
-    if received[:1] == SIGNATURE[:1]:
-        return read(peer, received, len(SIGNATURE))
-    # ZMTP 1 begins with a frame: the length of what follows, flags (0), and an identity.
-    if received[1:2] in (b"", b"\0"):
-        return read(peer, received, 1 + received[0])
-    return received
-
-
-def read_answer(peer: "socket", received: bytes, wanted: Collection[str], *, curve: bool) -> Iterator[Finding]:
-    """Go on after the peer has said ``received``, and yield what it is.
+def greet(peer: "socket", wanted: Collection[str], *, curve: bool, was_ready: bool) -> Iterator[Finding]:
+    """Begin to greet ``peer``, and yield what can be said of it until its handshake ends.
 
     libzmq hangs up on a whole greeting with another mechanism before it shows its own, and JeroMQ 0.3 on any whole
     greeting. So each part is sent only when the peer has said enough.
     """
-    if received[:1] != SIGNATURE[:1] and received[1:2] == b"\0" and len(received) == 1 + received[0]:
-        yield judge_old("ZMTP 1", "", wanted, curve=curve)
-        return
-    if received[:1] != SIGNATURE[:1] or received[9:10] != SIGNATURE[9:]:
-        yield Finding(f"it does not speak ZeroMQ; it says {abridge(received)}", hopeless=True)
-        return
+    mute = "connected, but no ZeroMQ greeting yet"
+    yield Finding(mute)
+    peer.sendall(SIGNATURE)
+    received = b""
+    peer.settimeout(GREETING_DELAY)
+    try:
+        received = read(peer, received, 1)
+    except TimeoutError:
+        yield Finding(f"{mute}; {'the server may be hung' if was_ready else 'wrong port, or a hung server?'}")
+    peer.settimeout(STEP_LIMIT)
+    received = read(peer, received, 1)
+    if received[:1] == SIGNATURE[:1]:
+        received = read(peer, received, len(SIGNATURE))
+        if received[9:10] == SIGNATURE[9:]:
+            yield from shake_hands(peer, received, wanted, curve=curve)
+            return
+    # ZMTP 1 begins with a frame: the length of what follows, flags (0), and an identity.
+    elif received[1:2] in (b"", b"\0"):
+        received = read(peer, received, 1 + received[0])
+        if received[1:2] == b"\0" and len(received) == 1 + received[0]:
+            yield judge("", wanted, old="ZMTP 1", curve=curve)
+            return
+    yield Finding(f"it does not speak ZeroMQ; it says {abridge(received)}", hopeless=True)
 
+
+def shake_hands(peer: "socket", received: bytes, wanted: Collection[str], *, curve: bool) -> Iterator[Finding]:
+    """Go on after the signature of ``peer``, and yield what it is."""
     yield Finding("connected, but the ZeroMQ handshake is not finished yet")
     peer.sendall(GREETING_VERSION)
     received = read(peer, received, 12)
     if received[10] < 3:
         socket_type = OLD_TYPES[received[11]] if received[10] and received[11] < len(OLD_TYPES) else ""
-        yield judge_old("ZMTP 2", socket_type, wanted, curve=curve)
+        yield judge(socket_type, wanted, old="ZMTP 2", curve=curve)
         return
 
     received = read(peer, received, 64)
     mechanism = received[12:32].rstrip(b"\0").decode(errors="backslashreplace")
     if mechanism != ("CURVE" if curve else "NULL"):
         yield Finding(WRONG_MECHANISM.get(mechanism, f"it requires {mechanism}, which zmqmsg does not speak"), True)
-        return
-    if curve:
-        yield NOTHING_WRONG
-        return
-
-    peer.sendall(GREETING_REST)
-    socket_type = read_socket_type(peer, received)
-    if socket_type in ("REP", "ROUTER"):
-        peer.sendall(READY)  # or the server would report a client that hangs up
-    yield judge_type(socket_type, wanted)
+    elif curve:
+        yield Finding("")  # whether it knows our key, libzmq reports
+    else:
+        peer.sendall(GREETING_REST)
+        socket_type = read_socket_type(peer, received)
+        if socket_type in ("REP", "ROUTER"):
+            peer.sendall(READY)  # or the server would report a client that hangs up
+        yield judge(socket_type, wanted)
 
 
 def read_socket_type(peer: "socket", received: bytes) -> str:
     """Return the Socket-Type that the peer names in its READY command, which follows the 64 bytes of its greeting.
 
-    It is empty if the peer says something else, such as the ERROR of an authentication that failed, which libzmq
-    reports.
+    It is empty if the peer says something else, such as the ERROR of a failed authentication, which libzmq reports.
     """
     received = read(peer, received, 66)
     length = received[65]
@@ -241,24 +234,13 @@ def read_socket_type(peer: "socket", received: bytes) -> str:
     return value[4 : 4 + int.from_bytes(value[:4])].decode(errors="backslashreplace")
 
 
-WRONG_MECHANISM = {
-    "CURVE": "it requires CURVE; pass --server-key",
-    "NULL": "it does not use CURVE: is it the right server?",
-}
-
-
-def judge_old(protocol: str, socket_type: str, wanted: Collection[str], *, curve: bool) -> Finding:
-    """Return what to think of a peer that speaks an old ``protocol``; the type of its socket may be unknown."""
-    if curve:
-        return Finding(f"it speaks {protocol}, which is too old for CURVE", hopeless=True)
-    return judge_type(socket_type, wanted)._replace(old=True)
-
-
-def judge_type(socket_type: str, wanted: Collection[str]) -> Finding:
-    """Return what to think of a peer whose socket is of ``socket_type``; empty: not known."""
+def judge(socket_type: str, wanted: Collection[str], *, old: str = "", curve: bool = False) -> Finding:
+    """Return what to think of a peer whose socket is of ``socket_type`` (empty: not known); ``old``: its protocol."""
+    if old and curve:
+        return Finding(f"it speaks {old}, which is too old for CURVE", hopeless=True)
     if not socket_type or socket_type in wanted:
-        return NOTHING_WRONG
-    return Finding(f"it is a {socket_type} socket, not a {' or '.join(wanted)}", hopeless=True)
+        return OLD_PEER if old else Finding("")
+    return Finding(f"it is a {socket_type} socket, not a {' or '.join(wanted)}", hopeless=True, old=bool(old))
 
 
 def read(peer: "socket", received: bytes, size: int) -> bytes:
