@@ -84,7 +84,7 @@ def write_all(stream: Any, *parts: Any) -> None:
 
     Raises BrokenPipeError if the reader is gone, OSError if writing fails otherwise.
     """
-    left = [memoryview(part) for part in parts if part]
+    left = [part for part in parts if part]
     try:
         while left:
             written = write_parts(stream, left)
@@ -93,8 +93,8 @@ def write_all(stream: Any, *parts: Any) -> None:
                 continue
             while left and written >= len(left[0]):
                 written -= len(left.pop(0))
-            if left:
-                left[0] = left[0][written:]
+            if written:
+                left[0] = memoryview(left[0])[written:]
     except OSError as error:
         if error.errno in READER_GONE:
             raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from error

@@ -174,15 +174,11 @@ class Server:
                     fail_without_hope(peers)
                 self._answer.check()
                 wait(peers, [*sockets, *self._attendant.sources], math.inf)
-        if self._has_no_time_left() and any(socket.poll(0) for socket in sockets):
+        if self.served != self._count and self._is_over() and any(socket.poll(0) for socket in sockets):
             notify(f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered", "yellow")
 
     def _is_over(self) -> bool:
-        return self.served == self._count or self._has_no_time_left()
-
-    def _has_no_time_left(self) -> bool:
-        requested = self._attendant.requested
-        return requested < math.inf and time.monotonic() >= requested + STOP_LIMIT
+        return self.served == self._count or time.monotonic() >= self._attendant.requested + STOP_LIMIT
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
         started = time.perf_counter() if self._verbose else 0  # monotonic() has steps of 15 ms on Windows
