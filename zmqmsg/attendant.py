@@ -69,6 +69,15 @@ class Attendant:
 
     # What the main thread asks for
 
+    def request_stop(self, number: int = 0) -> None:
+        """Request the end, as the first signal does, or because of the signal ``number``."""
+        self._first_signal = number
+        self.requested = time.monotonic()
+        if self.serving:
+            self.expect(STOPPING, NOTICE_DELAY)
+        self._stop.set()
+        self._waker.send(b"\0")
+
     def wait(self, seconds: float) -> bool:
         """Wait for a request to stop, ``seconds`` at most, and return whether there is one."""
         return self._stop.wait(seconds)
@@ -112,17 +121,12 @@ class Attendant:
             self._look()
 
     def _handle(self, number: int) -> None:
-        now = time.monotonic()
-        again = self._stop.is_set() and (number != self._first_signal or now - self.requested >= REPEAT_DELAY)
+        late = time.monotonic() - self.requested >= REPEAT_DELAY
+        again = self._stop.is_set() and (late or number != self._first_signal)
         if again or number in END_SIGNALS:
             self._end(128 + number)
         if not self._stop.is_set():
-            self._first_signal = number
-            self.requested = now
-            if self.serving:
-                self.expect(STOPPING, NOTICE_DELAY)
-            self._stop.set()
-            self._waker.send(b"\0")
+            self.request_stop(number)
 
     def _look(self) -> None:
         """Give the notices that are due; end the process if it is to stop, and waits for somebody to read."""

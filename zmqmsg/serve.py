@@ -141,8 +141,8 @@ class Server:
     def run(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
         """Answer what comes to REP sockets, ``bound_sockets`` and those of ``peers``, until it is time to stop.
 
-        When a stop is requested, what lies ready then is answered: nobody else can. Raises Failure if there is nothing
-        left to serve, if there can be no more replies, or if a request cannot be printed.
+        When a stop is requested, or the output is closed, what lies ready then is answered: nobody else can. Raises
+        Failure if there is nothing left to serve, if there can be no more replies, or if a request cannot be printed.
         """
         try:
             with self._answer:
@@ -157,7 +157,7 @@ class Server:
     def _answer_all(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer]) -> None:
         sockets = bound_sockets
         while not self._is_over():
-            stopping = self._attendant.requested < math.inf or self._unprinted
+            stopping = self._attendant.requested < math.inf
             if peers:
                 for peer in peers:
                     peer.update()
@@ -197,6 +197,7 @@ class Server:
                 self._output.write(request)
             except BrokenPipeError:
                 self._unprinted = 1
+                self._attendant.request_stop()
 
 
 def name_peer(frame: zmq.Frame, *, authenticated: bool) -> str:
