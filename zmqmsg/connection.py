@@ -17,24 +17,15 @@ from zmqmsg.console import NOTICE_DELAY, Failure, notify
 from zmqmsg.diagnosis import CONNECT_LIMIT, OLD_PEER, Background, Finding, diagnose, resolve_numeric
 from zmqmsg.sockets import Socket, connect, is_named, open_monitor
 
-PROBE_DELAY = 0.5
-"""Seconds without a ready peer before the first probe of what stands in the way."""
-
-PROBE_INTERVAL = 1.0
-"""Seconds between the end of a probe and the next one."""
-
-RESOLVE_INTERVAL = 1.0
-"""Seconds after a name could not be resolved before it is tried again."""
-
-CONNECT_INTERVAL = 0.3
-"""Seconds at least from one attempt to connect to the next."""
-
-RETRY_DELAY = 0.1
-"""Seconds within which libzmq says that it would connect again, if the peer has ended the connection."""
-
+# Times, in seconds
+PROBE_DELAY = 0.5  # without a ready peer before the first probe of what stands in the way
+PROBE_INTERVAL = 1.0  # from the end of a probe to the next one
+RESOLVE_INTERVAL = 1.0  # after a name could not be resolved, until it is tried again
+CONNECT_INTERVAL = 0.3  # at least, from one attempt to connect to the next
+RETRY_DELAY = 0.1  # within which libzmq says that it would connect again, if the peer has ended the connection
+# From one look at the monitor of a ready peer to the next: one before each request would cost 10 % of the throughput.
+# A request that is sent into a connection which has ended in between counts as one that was sent.
 UPDATE_INTERVAL = 0.001
-"""Seconds from one look at the monitor of a ready peer to the next: a look before each request would cost 10 % of the
-throughput. A request that is sent into a connection which has ended in between counts as one that was sent."""
 
 POLLIN = int(zmq.POLLIN)  # arithmetic with the enum itself is slow
 
@@ -74,7 +65,7 @@ class Peer:
         announce: bool = False,
         verbose: bool = False,
     ) -> None:
-        """Prepare to connect what ``open_socket`` opens to ``endpoint``; ``update()`` connects it.
+        """Prepare to connect what ``open_socket`` opens; ``update()`` connects it.
 
         ``probe_delay``: seconds before the first probe of what stands in the way. ``announce``: say when the peer is
         ready for the first time. ``verbose``: say so each time, and when it is lost.
@@ -159,10 +150,8 @@ class Wait:
     ``old_peer_probed_at``: when the probe began that has found a usable peer of ZMTP 1 or 2. ``notice``: the last one.
     """
 
-    def __init__(
-        self, endpoint: str, diagnose: Callable[[], Iterator[Finding]], probe_delay: float, now: float
-    ) -> None:
-        """Begin at ``now`` to wait for ``endpoint``; ``diagnose`` finds out what stands in the way."""
+    def __init__(self, endpoint: str, diagnose: Callable[[], Iterator[Finding]], delay: float, now: float) -> None:
+        """Begin at ``now`` to wait for ``endpoint``. Probes run ``diagnose``, the first after ``delay`` seconds."""
         self.since = now
         self.addresses: list[str] = []
         self.handshake_trouble: Finding | None = None
@@ -170,7 +159,7 @@ class Wait:
         self.notice = ""
         self._endpoint = endpoint
         self._diagnose = diagnose
-        self._probe_delay = probe_delay
+        self._delay = delay
         self._resolutions = resolve_repeatedly(endpoint)
         self._probe: Background[Finding] | None = None
         self._finding: Finding | None = None
@@ -183,11 +172,11 @@ class Wait:
     def probe(self, now: float) -> None:
         """Note what was found, on the way only if the probe is held up there; begin another probe if that is due."""
         probe = self._probe
-        if probe and now >= min(probe.ended, probe.began + self._probe_delay):
+        if probe and now >= min(probe.ended, probe.began + self._delay):
             self._finding = probe.latest
             if probe.latest == OLD_PEER:
                 self.old_peer_probed_at = probe.began
-        if now >= (probe.ended + PROBE_INTERVAL if probe else self.since + self._probe_delay):
+        if now >= (probe.ended + PROBE_INTERVAL if probe else self.since + self._delay):
             self._probe = Background(self._diagnose())
 
     @property
@@ -230,9 +219,9 @@ _names = (f"inproc://zmqmsg.monitor.{number}" for number in count())
 class Link:
     """A socket that connects once, and all that libzmq reports of that connection.
 
-    libzmq is told never to connect again. So what was sent over a link that has ended cannot be sent a second time
-    behind our back. ``begun``: whether it was told to connect. ``connected_at``: when it was connected, by
-    ``time.monotonic()``; infinity if it was not. ``ready``: whether requests may be sent, as the Peer has found out.
+    As libzmq never connects it again, what was sent over it cannot be sent a second time behind our back. ``begun``:
+    whether it was told to connect. ``connected_at``: when it was connected, by ``time.monotonic()``; infinity if it was
+    not. ``ready``: whether the peer was found to be ready; that is up to the caller.
     """
 
     def __init__(self, socket: Socket) -> None:
@@ -257,7 +246,7 @@ class Link:
 
     @property
     def handshake_done(self) -> bool:
-        """Whether libzmq has reported that the handshake is done, as it does for new peers alone."""
+        """Whether libzmq has reported that the handshake is done."""
         return self._events & HANDSHAKE_DONE != 0
 
     @property
@@ -296,8 +285,8 @@ class Link:
     def was_rejected(self) -> bool:
         """Return whether our side has ended the connection because of what came over it.
 
-        If the peer has ended it, libzmq says that it would connect again: wait for that. A flipped bit in an encrypted
-        message is a failed handshake to libzmq, even after the handshake.
+        If the peer has, libzmq says that it would connect again: wait for that. It reports a flipped bit under CURVE
+        as a failed handshake.
         """
         end = time.monotonic() + RETRY_DELAY
         while not self._events & (CONNECT_RETRIED | HANDSHAKE_FAILED):
@@ -322,10 +311,7 @@ class Link:
 
 
 def wait(peers: Sequence[Peer], sources: Sequence[Any], until: float) -> None:
-    """Wait until ``peers``, or ``sources``, sockets of ZeroMQ and of the system, may have something to say.
-
-    It takes a second at most, and ends at ``until``, by ``time.monotonic()``.
-    """
+    """Wait for what ``peers``, or the sockets ``sources``, may have to say, until ``until`` and a second at most."""
     now = time.monotonic()
     pause = min([until - now, 1, *(peer.pause(now) for peer in peers)])
     items = [*sources, *(peer.link.monitor for peer in peers)]

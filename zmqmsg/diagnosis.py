@@ -16,25 +16,19 @@ from zmqmsg.system import start_thread, unix_family
 if TYPE_CHECKING:
     from socket import socket  # otherwise for names and in trouble only: to import it takes 3 ms
 
-GREETING_DELAY = 5.0
-"""Seconds after which a peer that has not greeted is likely to be no ZeroMQ, or hung."""
+# Times, in seconds
+GREETING_DELAY = 5.0  # after which a peer that has not greeted is likely to be no ZeroMQ, or hung
+STEP_LIMIT = 60.0  # in which a peer has to take the next step before the probe ends
+CONNECT_LIMIT = 10.0  # in which one of several addresses has to accept a connection
 
-STEP_LIMIT = 60.0
-"""Seconds in which a peer has to take the next step before the probe ends."""
-
-CONNECT_LIMIT = 10.0
-"""Seconds in which one of several addresses has to accept a connection."""
-
-# How ZMTP 2 and 3 begin; then comes the version, and then the mechanism, as-server and filler.
+# A greeting of ZMTP 3.0. ZMTP 2 begins in the same way.
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
 GREETING_VERSION = b"\x03\x00"
-GREETING_REST = b"NULL".ljust(20, b"\0") + bytes(32)
-
+GREETING_REST = b"NULL".ljust(20, b"\0") + bytes(32)  # mechanism, as-server and filler
+# The command that ends a handshake of ours: flags, length, name, and one property with the length of its value.
 READY = b"\x04\x19\x05READY\x0bSocket-Type" + (3).to_bytes(4) + b"REQ"
-"""The command that ends a handshake of ours: flags, length, name, and one property with the length of its value."""
-
+# The socket types of ZMTP 2, in the order of their numbers.
 OLD_TYPES = ("PAIR", "PUB", "SUB", "REQ", "REP", "DEALER", "ROUTER", "PULL", "PUSH", "XPUB", "XSUB")
-"""The socket types of ZMTP 2, in the order of their numbers."""
 
 WRONG_MECHANISM = {
     "CURVE": "it requires CURVE; pass --server-key",

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from typing import NamedTuple
@@ -14,16 +14,12 @@ from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.connection import PROBE_DELAY, Peer, fail_without_hope, wait
 from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify, read_messages
 from zmqmsg.quoting import abridge, count_of, describe
-from zmqmsg.sockets import Socket, open_socket, receive, send, share_context
+from zmqmsg.sockets import open_socket, receive, send, share_context
 from zmqmsg.system import yield_processor
 
+# Looks for a reply before going to sleep, which takes longer than a fast reply: they save 40 % of a round trip.
 SPINS = 50
-"""Looks for a reply, yielding the processor before each, before going to sleep, which takes longer than a fast reply.
-They save 40 % of a round trip, and 9 % on a single core."""
-
-OVERSLEPT = 0.1
-"""Seconds past a deadline from which on the process must have been stopped, and then to wait for what has come."""
-
+OVERSLEPT = 0.1  # seconds past a deadline that tell that the process was stopped; and then to wait for what has come
 DO_NOT_WAIT = int(zmq.NOBLOCK)  # arithmetic with the enum itself is slow
 
 
@@ -57,8 +53,7 @@ def run(
 
         as_client = load_keys(key, server_key)[1]
         apply_keys = as_client.apply if as_client else None
-    context = share_context()
-    open_req = partial(open_socket, context, zmq.REQ, max_size=max_size, apply_keys=apply_keys)
+    open_req = partial(open_socket, share_context(), zmq.REQ, max_size=max_size, apply_keys=apply_keys)
     # Early enough for an attempt to end with what was found.
     probe_delay = min(PROBE_DELAY, (timeout or math.inf) / 4)
     output = Output(form)
@@ -72,7 +67,7 @@ def run(
         times = Times()
         stack.callback(times.summarize)
         reply = None
-        for frames in join_frames(messages) if multipart else messages:
+        for frames in [join_frames(messages)] if multipart else messages:
             reply = client.ask(frames)
             output.write(reply.frames)
             if verbose:
@@ -81,12 +76,12 @@ def run(
             notify("nothing to send: there is no MESSAGE, and standard input is empty", "yellow")
 
 
-def join_frames(messages: Iterable[list[bytes]]) -> Iterator[list[bytes]]:
-    """Yield the frames of all ``messages`` as one message; raise UsageError if there are none."""
+def join_frames(messages: Iterable[list[bytes]]) -> list[bytes]:
+    """Return the frames of all ``messages`` as one message; raise UsageError if there are none."""
     frames = [frame for message in messages for frame in message]
     if not frames:
         raise click.UsageError("--multipart needs at least one message")
-    yield frames
+    return frames
 
 
 class Reply(NamedTuple):
@@ -144,20 +139,15 @@ REJECTED = "it lacks the empty frame of REQ/REP before its body, or a frame exce
 class Client:
     """Sends requests and waits for their replies, over the connections to all peers that are ready, round-robin.
 
-    The Guide's Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, at most N
-    times. Here an attempt also ends as soon as the connection ends, so that a server that died is noticed without any
-    limit.
+    Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, N times at most. Here
+    an attempt also ends as soon as the connection does, so that a server that died is noticed without any limit.
 
     A malformed request can make a REP socket drop its next reply, which may be ours (libzmq's rep.cpp). As no
     connection ends, only a ``timeout`` and another attempt help against that.
     """
 
     def __init__(self, peers: Iterable[Peer], *, timeout: float = math.inf, retries: int = 3) -> None:
-        """Ask ``peers``.
-
-        ``timeout``: seconds for an attempt, from name resolution to reply. ``retries``: further attempts for each
-        request.
-        """
+        """``timeout``: seconds for an attempt, from name resolution to reply. ``retries``: further ones per request."""
         self._peers = list(peers)  # the one that was used last is the last one
         self._timeout = timeout
         self._retries = retries
@@ -166,7 +156,7 @@ class Client:
     def ask(self, frames: Sequence[bytes]) -> Reply:
         """Send ``frames`` as one request and return the reply.
 
-        Raises NoReply if no attempt brings one, or none can, and the request may have reached a server; else Failure.
+        Raises NoReply if there is none, or else Failure if the request has certainly not reached a server.
         """
         started = time.monotonic()
         self._sent = False
@@ -180,7 +170,7 @@ class Client:
                 # A lost connection says more about the request than a later failure.
                 hint = hint if hint == CRASHED else ended.hint or hint
                 # If no server was ever there, another attempt would not find one either.
-                in_vain = not self._sent and not any(peer.was_ready for peer in self._peers)
+                in_vain = not any(peer.was_ready for peer in self._peers)
                 if ended.final or in_vain or attempt > self._retries:
                     tries = f"({count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s)"
                     text = f"no reply to {abridge(frames[0])} {tries}: {ended}" if self._sent else f"{ended} {tries}"
@@ -191,16 +181,6 @@ class Client:
 
     def _error(self, text: str) -> Failure:
         return NoReply(text) if self._sent else Failure(text)
-
-    def update(self) -> list[Peer]:
-        """Keep up with the peers, and return those that are ready.
-
-        Raises Failure if none of them can ever be ready.
-        """
-        ready = [peer for peer in self._peers if peer.update()]
-        if not ready:
-            fail_without_hope(self._peers)
-        return ready
 
     def _attempt(self, frames: Sequence[bytes], deadline: float) -> Reply:
         peer = self._wait_for_peer(deadline)
@@ -221,11 +201,11 @@ class Client:
     def _wait_for_peer(self, deadline: float) -> Peer:
         """Return the peer that has not been asked for longest among those that are ready; wait for one."""
         while True:
-            if ready := self.update():
-                if len(self._peers) > 1:
-                    self._peers.remove(ready[0])
-                    self._peers.append(ready[0])
+            if ready := [peer for peer in self._peers if peer.update()]:
+                self._peers.remove(ready[0])
+                self._peers.append(ready[0])
                 return ready[0]
+            fail_without_hope(self._peers)
             if time.monotonic() >= deadline:
                 endpoints = ", ".join(peer.endpoint for peer in self._peers)
                 why = "; ".join(dict.fromkeys(peer.trouble.reason for peer in self._peers))
@@ -237,19 +217,20 @@ class Client:
 
 
 def receive_reply(peer: Peer, deadline: float) -> list[zmq.Frame]:
-    """Return the frames of the reply to a request that was just sent to ``peer``; none at ``deadline``.
+    """Return the frames of the reply to what was just sent; none at ``deadline``.
 
     Raises AttemptEnded if the connection ends.
     """
     link = peer.link
-    if reply := _spin(link.socket):
-        return reply
+    for _ in range(SPINS):
+        yield_processor()
+        if reply := receive(link.socket):
+            return reply
     notice_at = time.monotonic() + NOTICE_DELAY
     while True:
         wait([peer], [link.socket], min(deadline, notice_at))
         link.read_events()
-        # Before the look into the socket: a reply may have come just before the end of the connection.
-        ended = link.ended
+        ended = link.ended  # before the look into the socket: a reply may have come just before the end
         if reply := receive(link.socket):
             return reply
         if ended and link.was_rejected():
@@ -264,12 +245,3 @@ def receive_reply(peer: Peer, deadline: float) -> list[zmq.Frame]:
         if now >= notice_at:
             notify(f"waiting for a reply from {peer.endpoint}")
             notice_at = math.inf
-
-
-def _spin(socket: Socket) -> list[zmq.Frame]:
-    """Look for a reply without going to sleep; return its frames, or none if it is not that fast."""
-    for _ in range(SPINS):
-        yield_processor()
-        if reply := receive(socket):
-            return reply
-    return []
