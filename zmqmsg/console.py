@@ -20,22 +20,11 @@ from zmqmsg.system import COLOURS, END_OF_INPUT, LINES_END_WITH_CR_LF, READER_GO
 CHUNK = 65536
 """Bytes read at a time, and from which on frames are not joined to be written at once."""
 
-LONG_INPUT = 65536
-"""Bytes of redirected standard input from which on there is a progress bar."""
-
-NOTICE_DELAY = 1.0
-"""Seconds of waiting before the user is told what for."""
-
-RETRY_INTERVAL = 0.01
-"""Seconds from one try to the next at a non-blocking stream that is not ready."""
-
-CLIENT_INTERVAL = 60.0
-"""Seconds in which the user is told of the same client once."""
-
-CLIENT_LIMIT = 20
-"""Clients that the user is told of at most within CLIENT_INTERVAL."""
-
-CURSOR_SEQUENCES = re.compile(r"\033\[\?25[lh]")
+LONG_INPUT = 65536  # bytes of redirected standard input from which on there is a progress bar
+NOTICE_DELAY = 1.0  # seconds of waiting before the user is told what for
+RETRY_INTERVAL = 0.01  # seconds between attempts at a non-blocking stream that is not ready
+CLIENT_INTERVAL = 60.0  # seconds in which the user is told of the same client once
+CLIENT_LIMIT = 20  # clients that the user is told of at most within CLIENT_INTERVAL
 
 
 class Failure(click.ClickException):
@@ -117,13 +106,12 @@ class _StandardError(io.TextIOBase):
         return _is_terminal(sys.stderr)
 
     def write(self, text: str) -> int:
-        # A signal may end the process at any time, and would leave a hidden cursor behind.
-        data = CURSOR_SEQUENCES.sub("", text).encode(
-            getattr(sys.stderr, "encoding", None) or "utf-8", "backslashreplace"
-        )
+        # The progress bar hides the cursor. A signal may end the process at any time, and would leave it hidden.
+        text = re.sub(r"\033\[\?25[lh]", "", text)
+        encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
         self.writing_since = time.monotonic()
         with suppress(OSError, AttributeError):  # the latter where it was closed from the start
-            _raw(sys.stderr).write(data)
+            _raw(sys.stderr).write(text.encode(encoding, "backslashreplace"))
         self.writing_since = math.inf
         self.line_begun = not text.endswith("\n")
         return len(text)
@@ -147,20 +135,16 @@ class ClientNotices:
 
     def __init__(self) -> None:
         self._given: dict[str, float] = {}
-        self._hidden_since = -math.inf
 
     def report(self, notice: str) -> None:
         """Give ``notice``, which names a client, unless it was given a short time ago."""
         now = time.monotonic()
         self._given = {given: since for given, since in self._given.items() if now - since < CLIENT_INTERVAL}
-        if notice in self._given:
-            return
-        if len(self._given) < CLIENT_LIMIT:
+        if notice not in self._given and len(self._given) >= CLIENT_LIMIT:
+            notice = "further refusals are not shown for a while"
+        if notice not in self._given:
             self._given[notice] = now
             notify(notice, "yellow")
-        elif now - self._hidden_since >= CLIENT_INTERVAL:
-            self._hidden_since = now
-            notify("further refusals are not shown for a while", "yellow")
 
     def forget(self, notice: str) -> None:
         """Give ``notice`` again when it is due: the client has got in meanwhile."""
@@ -188,17 +172,13 @@ class Output:
     """
 
     def __init__(self, form: Form) -> None:
-        """Write messages in ``form``."""
         self.writing_since = math.inf
         self._form = form
         self._stream = _raw(sys.stdout)
         self._readable = form.quoted or _is_terminal(sys.stdout)
 
     def write(self, frames: Sequence[Any]) -> None:
-        """Write a message of ``frames``, one or more, which are bytes or have them in a buffer.
-
-        Raises BrokenPipeError if the reader is gone, Failure if writing fails otherwise.
-        """
+        """Write a message of ``frames``, bytes or buffers; raise BrokenPipeError if the reader is gone, or Failure."""
         if self._readable:
             copies = [bytes(frame) for frame in frames]
             frames = [quote(copies) if self._form.quoted or len(copies) > 1 else escape(copies[0])]
@@ -279,7 +259,9 @@ def _split_lines(chunks: Iterator[bytes], form: Form) -> Iterator[bytes]:
 
 def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
     """Yield ``lines``, with click's progress bar where a person waits for a long redirected file to be sent."""
-    length = _redirected_bytes()
+    stdin = _raw(sys.stdin)
+    status = os.fstat(stdin.fileno()) if stdin else None
+    length = status.st_size - stdin.tell() if status and stat.S_ISREG(status.st_mode) else 0
     if length < LONG_INPUT or not _is_terminal(sys.stderr) or _is_terminal(sys.stdout):
         yield from lines
         return
@@ -293,18 +275,9 @@ def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
             bar.update(len(line) + 1)
 
 
-def _redirected_bytes() -> int:
-    """Return how many bytes are left of the file that is standard input; 0 if it is none."""
-    stream = _raw(sys.stdin)
-    status = os.fstat(stream.fileno()) if stream else None
-    return status.st_size - stream.tell() if status and stat.S_ISREG(status.st_mode) else 0
-
-
 def _raw(stream: IO[str] | None) -> Any:
-    """Return the unbuffered stream below ``stream``; None if it was closed when the process started.
-
-    Descriptors 0 to 2 are not used directly: libzmq may have reused one that was closed.
-    """
+    """Return the unbuffered stream below ``stream``; None if it was closed when the process started."""
+    # Descriptors 0 to 2 are not used directly: libzmq may have reused one that was closed.
     buffer = getattr(stream, "buffer", stream)
     return getattr(buffer, "raw", buffer)
 

@@ -21,19 +21,11 @@ from zmqmsg.console import ClientNotices, notify
 from zmqmsg.sockets import Context, Socket, new_socket
 from zmqmsg.system import SHORTAGES, others_may_read, start_thread
 
-KEY_FILE_LIMIT = 65536
-"""Bytes that a key file may have."""
-
+KEY_FILE_LIMIT = 65536  # bytes that a key file may have
+SCAN_SHARE = 5  # for unknown keys, all files are scanned again after so many times the duration of the last scan
+WATCHED_FILES = 16  # files without a key that are looked at for each unknown key: they may have been half written
+NO_KEY = b"0" * 40  # of a program that was never given one
 EXAMPLE = 'it has a line like this one: public-key = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"'
-
-SCAN_SHARE = 5
-"""How many times the duration of the last scan of all client keys passes before the next one, for unknown keys."""
-
-WATCHED_FILES = 16
-"""Files without a key that are looked at for each unknown key: they may have been half written at the last scan."""
-
-NO_KEY = b"0" * 40
-"""A key of zeros, as a program has it that was never given one."""
 
 Fingerprint = tuple[int, ...]
 
@@ -43,8 +35,7 @@ _HALF = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\n]*)"', re.MULTILINE)
 class CurveKeys(NamedTuple):
     """The CURVE keys of a socket, each as 40 characters of Z85.
 
-    ``server``: the public key of the server that a client talks to; empty for a server itself. ``clients``: those that
-    a server lets in; None lets anybody in.
+    A client has that of its ``server``. A server has those of the ``clients`` that it lets in; None lets anybody in.
     """
 
     public: bytes
@@ -97,20 +88,27 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
 
     Raises UsageError if the file cannot be used.
     """
-    created = not os.path.exists(path) and _create(path)
+    beside = public_path(path)
+    # First: another process that creates both files now begins with the secret one.
+    beside_exists = os.path.lexists(beside)
+    created = False
+    if not os.path.exists(path):
+        if beside_exists:
+            raise click.UsageError(f"cannot create key file {beside}: {os.strerror(errno.EEXIST)}")
+        created = _write(path, _certificate(*zmq.curve_keypair()), 0o600)
     public, secret, status = _load(path, fifo=True)
     if not secret:
         raise click.UsageError(f"{path} is a public key; pass the secret key file")
     if others_may_read(status):
         raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {shlex.quote(path)}")
-    if stat.S_ISREG(status.st_mode) and not os.path.lexists(public_path(path)):
+    if stat.S_ISREG(status.st_mode) and not os.path.lexists(beside):
         try:
-            _write(public_path(path), _certificate(public), 0o644)
+            _write(beside, _certificate(public), 0o644)
         except click.UsageError:
             if created:  # otherwise it is not needed here
                 raise
     if created:
-        notify(f"created {path}; give its public half, {public_path(path)}, to your peers")
+        notify(f"created {path}; give its public half, {beside}, to your peers")
     return public, secret
 
 
@@ -128,7 +126,7 @@ def public_path(path: str) -> str:
 
 
 def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
-    """Return both keys in the file at ``path``, the secret one empty if there is none, and the file's status.
+    """Return both keys in a file, the secret one empty if there is none, and the status of the file.
 
     ``fifo``: whether it may be a FIFO, which is waited for. Raises UsageError, from an OSError if it cannot be read.
     """
@@ -152,29 +150,21 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
         raise click.UsageError(f"{path} is not a CURVE key file: {EXAMPLE}")
     derived = zmq.curve_public(secret) if secret else public
     if (public or derived) != derived or NO_KEY in (public, secret):
-        raise click.UsageError(
-            f"{path} is a key that works with nobody: its halves are no pair, or zeros; make a new one"
-        )
+        problem = "its halves are no pair, or zeros; make a new one"
+        raise click.UsageError(f"{path} is a key that works with nobody: {problem}")
     return derived, secret, status
 
 
-def _create(path: str) -> bool:
-    """Write a new secret key; return whether that was done here, and not by another process at the same time.
-
-    pyzmq's own writer overwrites files, and lets others read the secret.
-    """
-    if os.path.lexists(public_path(path)) and not os.path.exists(path):
-        raise click.UsageError(f"cannot create key file {public_path(path)}: {os.strerror(errno.EEXIST)}")
-    public, secret = zmq.curve_keypair()
-    return _write(path, f'{_certificate(public)}    secret-key = "{secret.decode()}"\n', 0o600)
-
-
-def _certificate(public: bytes) -> str:
-    return f'metadata\ncurve\n    public-key = "{public.decode()}"\n'
+def _certificate(public: bytes, secret: bytes = b"") -> str:
+    text = f'metadata\ncurve\n    public-key = "{public.decode()}"\n'
+    return text + f'    secret-key = "{secret.decode()}"\n' if secret else text
 
 
 def _write(path: str, text: str, mode: int) -> bool:
-    """Create the file at ``path``, whole or not at all; return False if there is one. Raises UsageError."""
+    """Create the file at ``path``, whole or not at all; return False if there is one. Raises UsageError.
+
+    pyzmq's own writer overwrites files, and lets others read the secret.
+    """
 
     def create(path: str) -> None:
         with open(path, "x", opener=partial(os.open, mode=mode)) as file:
@@ -227,10 +217,7 @@ class ClientKeys:
             notify(f"no client can connect until there is a public key in {path}", "yellow")
 
     def find(self, public: bytes) -> str | None:
-        """Return the name of the file that holds ``public`` (Z85) now, or None.
-
-        Raises OSError, and notifies the user, if that cannot be known just now.
-        """
+        """Return the name of the file that holds ``public`` (Z85), or None; raise OSError if that cannot be known."""
         path = self._paths.get(public)
         if path and _fingerprint_of(path) == self._files[path][0]:
             return os.path.basename(path)
@@ -298,10 +285,8 @@ def _fingerprint_of(path: str) -> Fingerprint:
 
 
 def start_zap_handler(context: Context, clients: ClientKeys) -> None:
-    """Start a thread that lets the holders of ``clients`` in, and nobody else; it ends with ``context``.
-
-    pyzmq's own handler needs asyncio, which takes 40 ms to import.
-    """
+    """Start a thread that lets the holders of ``clients`` in, and nobody else; it ends with ``context``."""
+    # pyzmq's own handler needs asyncio, which takes 40 ms to import.
     handler = new_socket(context, zmq.REP)
     handler.linger = 0
     handler.bind("inproc://zeromq.zap.01")

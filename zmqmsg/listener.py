@@ -15,13 +15,6 @@ from zmqmsg.console import ClientNotices, Failure, notify
 from zmqmsg.sockets import Socket, bind, new_socket
 from zmqmsg.system import start_thread, unix_family
 
-ACCEPTED = int(zmq.EVENT_ACCEPTED)
-DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
-HANDSHAKE_DONE = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-HANDSHAKE_REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-HANDSHAKE_BROKEN = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-HANDSHAKE_WRONG = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
-
 HUNG_UP = (
     "the handshake was broken off: its socket is no REQ or DEALER, it does not speak ZeroMQ,"
     " or one side has keys, and the other has none"
@@ -38,7 +31,8 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
 
     Raises Failure if it cannot be bound. At the end an ipc socket file is removed: libzmq leaves it behind.
     """
-    path = ipc_path(endpoint)
+    # A name that begins with @ is an abstract one of Linux: no file.
+    path = endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
     if path and _is_taken(path):
         raise Failure(f"cannot bind {endpoint}: a server or a file is there already; choose another path")
     bind(socket, endpoint)
@@ -54,12 +48,6 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
 def is_local(endpoint: str) -> bool:
     """Return whether only this machine can reach ``endpoint``, which is bound."""
     return endpoint.startswith(("tcp://127.", "tcp://[::1]", "ipc://"))
-
-
-def ipc_path(endpoint: str) -> str:
-    """Return the path of the socket file of ``endpoint``; empty if it has none."""
-    # A name that begins with @ is an abstract one of Linux: no file.
-    return endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
 
 
 def _is_taken(path: str) -> bool:
@@ -95,8 +83,9 @@ def watch_handshakes(socket: Socket) -> None:
     Raises Failure, or OSError, if something for that is lacking.
     """
     address = "inproc://zmqmsg.listener"
-    handshake = HANDSHAKE_DONE | HANDSHAKE_REFUSED | HANDSHAKE_BROKEN | HANDSHAKE_WRONG
-    socket.monitor(address, ACCEPTED | DISCONNECTED | handshake)
+    handshake = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+    failure = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    socket.monitor(address, zmq.EVENT_ACCEPTED | handshake | failure | zmq.EVENT_DISCONNECTED)
     monitor = new_socket(socket.context, zmq.PAIR)
     monitor.rcvhwm = 0  # before it connects
     monitor.linger = 0
@@ -113,16 +102,16 @@ def _report_handshakes(monitor: Socket) -> None:
     with monitor, suppress(zmq.ContextTerminated):
         while True:
             event, value = struct.unpack("=HI", monitor.recv_multipart()[0])
-            if event == ACCEPTED:
+            if event == zmq.EVENT_ACCEPTED:
                 addresses[value] = _peer_address(value)
                 unfinished.add(value)
-            elif event in (HANDSHAKE_DONE, HANDSHAKE_REFUSED):  # whose, libzmq does not say; curve tells of the latter
-                unfinished.clear()
-            elif event == HANDSHAKE_WRONG:
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
                 reason = WRONG.get(value, "it broke the protocol of the handshake")
-            elif event == HANDSHAKE_BROKEN:
+            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 reason = HUNG_UP
-            elif event == DISCONNECTED:  # which follows the others, and says whose they are
+            elif event != zmq.EVENT_DISCONNECTED:  # it succeeded, or curve tells of it; whose, libzmq does not say
+                unfinished.clear()
+            else:  # which follows the others, and says whose they are
                 address = addresses.pop(value, "an unknown address")
                 # It ends without a word where our side finds a socket of the wrong type first.
                 reason = reason or (HUNG_UP if value in unfinished else "")

@@ -7,8 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-QUOTED_LIMIT = 40
-"""Characters of a message that a notice quotes. (In UTF-8, each has four bytes at most.)"""
+QUOTED_LIMIT = 40  # characters of a message that a notice quotes; in UTF-8, each has four bytes at most
 
 # A terminal obeys the control characters C0 (below 0x20), DEL and C1 (0x7f to 0x9f), and Unicode's bidirectional
 # controls reorder what a person reads. Bytes that are not valid UTF-8 are decoded to the surrogates from U+DC80 on.
