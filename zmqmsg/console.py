@@ -17,9 +17,7 @@ import click
 from zmqmsg.quoting import escape, escape_line, quote, unquote
 from zmqmsg.system import COLOURS, END_OF_INPUT, LINES_END_WITH_CR_LF, READER_GONE, write_parts
 
-CHUNK = 65536
-"""Bytes read at a time, and from which on frames are not joined to be written at once."""
-
+CHUNK = 65536  # bytes read at a time; frames from this size on are not copied to be written with their end
 LONG_INPUT = 65536  # bytes of redirected standard input from which on there is a progress bar
 NOTICE_DELAY = 1.0  # seconds of waiting before the user is told what for
 RETRY_INTERVAL = 0.01  # seconds between attempts at a non-blocking stream that is not ready
@@ -32,16 +30,12 @@ class Failure(click.ClickException):
 
 
 class Form(NamedTuple):
-    """How messages look as bytes: as they are, or as quoted lines.
+    """How messages look as bytes: as they are, or as quoted lines."""
 
-    ``separator`` ends a message in the input, where a CR before it belongs to it if ``cr_lf``; ``terminator`` goes
-    after each frame in the output.
-    """
-
-    separator: bytes
-    terminator: bytes
+    separator: bytes  # ends a message in the input
+    terminator: bytes  # goes after each frame in the output
     quoted: bool
-    cr_lf: bool
+    cr_lf: bool  # whether a CR before the separator belongs to it
 
     @classmethod
     def choose(cls, *, null: bool, quoted: bool, raw: bool) -> "Form":
@@ -90,15 +84,10 @@ def write_all(stream: Any, *parts: Any) -> None:
         raise
 
 
-# Standard error
-
-
 class _StandardError(io.TextIOBase):
-    """Standard error, unbuffered, for notices and click's progress bar. It never fails.
+    """Standard error, for notices and click's progress bar. It never fails."""
 
-    What a buffer could not write would fail again at Python's end, with status 120.
-    """
-
+    # Unbuffered: what a buffer could not write would fail again at Python's end, with status 120.
     line_begun = False
     writing_since = math.inf
 
@@ -162,17 +151,11 @@ def show_error(error: click.ClickException) -> None:
         notify(error.format_message(), "red")
 
 
-# Standard output
-
-
 class Output:
-    """Standard output, for messages alone: each is written at once, as bytes or, on a terminal, as readable text.
-
-    ``writing_since``: when the current write began, by ``time.monotonic()``; infinity if there is none.
-    """
+    """Standard output, for messages alone: each is written at once, as bytes or, on a terminal, as readable text."""
 
     def __init__(self, form: Form) -> None:
-        self.writing_since = math.inf
+        self.writing_since = math.inf  # when the current write began, by time.monotonic(); infinity: there is none
         self._form = form
         self._stream = _raw(sys.stdout)
         self._readable = form.quoted or _is_terminal(sys.stdout)
@@ -203,9 +186,6 @@ class Output:
 def is_stalled(output: Output | None, now: float) -> bool:
     """Return whether a write to ``output``, or else to standard error, has lasted for a second."""
     return now - (output or _standard_error).writing_since >= NOTICE_DELAY
-
-
-# Messages
 
 
 def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: Form) -> Generator[list[bytes]]:

@@ -33,15 +33,12 @@ _HALF = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\n]*)"', re.MULTILINE)
 
 
 class CurveKeys(NamedTuple):
-    """The CURVE keys of a socket, each as 40 characters of Z85.
-
-    A client has that of its ``server``. A server has those of the ``clients`` that it lets in; None lets anybody in.
-    """
+    """The CURVE keys of a socket, each as 40 characters of Z85."""
 
     public: bytes
     secret: bytes
-    server: bytes = b""
-    clients: "ClientKeys | None" = None
+    server: bytes = b""  # the public key of the server that a client talks to
+    clients: "ClientKeys | None" = None  # those that a server lets in; None: anybody
 
     def __repr__(self) -> str:
         """Return nothing of the secret, wherever it may be printed."""
@@ -59,9 +56,6 @@ class CurveKeys(NamedTuple):
             socket.zap_domain = b"zmqmsg"
             # Without it, libzmq would let everybody in if there were no ZAP handler.
             socket.zap_enforce_domain = True
-
-
-# What the options ask for
 
 
 def load_keys(
@@ -84,31 +78,28 @@ def load_keys(
 
 
 def load_key_pair(path: str) -> tuple[bytes, bytes]:
-    """Return the public and the secret key in the file at ``path``; create the file, or its public half, if missing.
-
-    Raises UsageError if the file cannot be used.
-    """
-    beside = public_path(path)
+    """Return the public and the secret key in a file; create it, or its public half, if missing. Raises UsageError."""
+    public_file = public_path(path)
     # First: another process that creates both files now begins with the secret one.
-    beside_exists = os.path.lexists(beside)
+    public_exists = os.path.lexists(public_file)
     created = False
     if not os.path.exists(path):
-        if beside_exists:
-            raise click.UsageError(f"cannot create key file {beside}: {os.strerror(errno.EEXIST)}")
+        if public_exists:
+            raise click.UsageError(f"cannot create key file {public_file}: {os.strerror(errno.EEXIST)}")
         created = _write(path, _certificate(*zmq.curve_keypair()), 0o600)
     public, secret, status = _load(path, fifo=True)
     if not secret:
         raise click.UsageError(f"{path} is a public key; pass the secret key file")
     if others_may_read(status):
         raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {shlex.quote(path)}")
-    if stat.S_ISREG(status.st_mode) and not os.path.lexists(beside):
+    if stat.S_ISREG(status.st_mode) and not os.path.lexists(public_file):
         try:
-            _write(beside, _certificate(public), 0o644)
+            _write(public_file, _certificate(public), 0o644)
         except click.UsageError:
             if created:  # otherwise it is not needed here
                 raise
     if created:
-        notify(f"created {path}; give its public half, {beside}, to your peers")
+        notify(f"created {path}; give its public half, {public_file}, to your peers")
     return public, secret
 
 
@@ -161,10 +152,8 @@ def _certificate(public: bytes, secret: bytes = b"") -> str:
 
 
 def _write(path: str, text: str, mode: int) -> bool:
-    """Create the file at ``path``, whole or not at all; return False if there is one. Raises UsageError.
-
-    pyzmq's own writer overwrites files, and lets others read the secret.
-    """
+    """Create the file at ``path``, whole or not at all; return False if there is one. Raises UsageError."""
+    # pyzmq's own writer overwrites files, and lets others read the secret.
 
     def create(path: str) -> None:
         with open(path, "x", opener=partial(os.open, mode=mode)) as file:
@@ -172,19 +161,18 @@ def _write(path: str, text: str, mode: int) -> bool:
 
     draft = f"{path}.{os.urandom(8).hex()}"
     try:
+        create(draft)
         try:
-            create(draft)
-            try:
-                os.link(draft, path)
-            except OSError:  # it exists, or there are no hard links here, as on FAT
-                create(path)
-        finally:
-            with suppress(FileNotFoundError):
-                os.unlink(draft)
+            os.link(draft, path)
+        except OSError:  # it exists, or there are no hard links here, as on FAT
+            create(path)
     except FileExistsError:
         return False
     except OSError as error:
         raise click.UsageError(f"cannot create key file {path}: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            os.unlink(draft)
     return True
 
 
@@ -207,8 +195,7 @@ class ClientKeys:
         self._files: dict[str, tuple[Fingerprint, bytes]] = {}  # a key is empty if its file is none
         self._paths: dict[bytes, str] = {}  # of the files of the keys
         self._watched: dict[str, Fingerprint] = {}  # what is looked at for an unknown key before a scan
-        self._next_scan = -math.inf
-        self._readable = True
+        self._readable = True  # at the last scan
         try:
             self._scan()
         except OSError as error:

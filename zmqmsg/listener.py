@@ -27,10 +27,7 @@ WRONG = {
 
 @contextmanager
 def bound(socket: Socket, endpoint: str) -> Iterator[str]:
-    """Bind ``socket`` for the time of the context, which gets the real endpoint, its port resolved.
-
-    Raises Failure if it cannot be bound. At the end an ipc socket file is removed: libzmq leaves it behind.
-    """
+    """Bind ``socket`` for the time of the context, which gets the real endpoint, its port resolved; raise Failure."""
     # A name that begins with @ is an abstract one of Linux: no file.
     path = endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
     if path and _is_taken(path):
@@ -40,7 +37,7 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
     try:
         yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
     finally:
-        with suppress(OSError):
+        with suppress(OSError):  # libzmq leaves the socket file behind
             if path and os.lstat(path).st_ino == inode:
                 os.unlink(path)
 
@@ -77,10 +74,10 @@ def notify_of_endpoint(endpoint: str, *, open_to_all: bool) -> None:
 
 
 def watch_handshakes(socket: Socket) -> None:
-    """Let the user be told of the clients of ``socket``, which is not bound yet, whose handshakes fail.
+    """Notify the user, from now on, of clients of ``socket`` whose handshakes fail; raise Failure or OSError.
 
-    A thread reads the monitor all the time: one that nobody reads stops the server, which may wait for a command.
-    Raises Failure, or OSError, if something for that is lacking.
+    ``socket`` is not bound yet. A thread reads its monitor, even while the server waits for a command: one that nobody
+    reads stops the server.
     """
     address = "inproc://zmqmsg.listener"
     handshake = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
