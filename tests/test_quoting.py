@@ -1,14 +1,9 @@
 """Quoted lines: one message a line, frames separated by TAB, special bytes escaped, nothing lost."""
 
-import hashlib
-import hmac
-import json
 import os
 import subprocess
 import sys
-import threading
 import unicodedata
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,7 +14,7 @@ from hypothesis import strategies as st
 from zmqmsg.quoting import quote, unquote
 from zmqmsg.sockets import Context, Socket
 
-from conftest import LIMIT, POSIX, Send, Serve, Start, open_server
+from conftest import POSIX, Send, Serve, Start, ask, open_server
 
 # What a quoted line can consist of, TAB aside: harmless text, escapes, and bytes that are never valid UTF-8.
 PIECES = [*"ab \u00e9\u20ac\U0001f44d", "\\\\", r"\t", r"\n", r"\r", r"\x00", r"\x1b", r"\x7f", r"\xc2\x9b", r"\xff"]
@@ -65,63 +60,41 @@ def test_special_bytes_are_escaped_and_harmless_text_stays_readable(frame: bytes
     assert quote([frame]) == quoted
 
 
-def answer(server: Socket, replies: list[list[bytes]]) -> Callable[[], list[list[bytes]]]:
-    """Answer requests in a thread, with ``replies`` in turn; the function returned waits and returns the requests."""
-    requests: list[list[bytes]] = []
-
-    def run() -> None:
-        for reply in replies:
-            requests.append(server.recv_multipart())
-            server.send_multipart(reply)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def wait() -> list[list[bytes]]:
-        thread.join(LIMIT)
-        return requests
-
-    return wait
+def answer(server: Socket, replies: list[list[bytes]]) -> list[list[bytes]]:
+    """Answer requests with ``replies`` in turn, and return the requests."""
+    requests = []
+    for reply in replies:
+        requests.append(server.recv_multipart())
+        server.send_multipart(reply)
+    return requests
 
 
 @pytest.mark.parametrize("end", [b"\n", b""], ids=["newline", "no final newline"])
-def test_send_reads_and_prints_quoted_lines(context: Context, send: Send, end: bytes) -> None:
+def test_send_reads_and_prints_quoted_lines(context: Context, start: Start, tmp_path: Path, end: bytes) -> None:
     server, endpoint = open_server(context, zmq.REP)
-    requests = answer(server, AWKWARD)
     lines = [rb"one" + b"\t\t" + rb"t\two\\", b"", rb"\x41\xfF\x00", b"raw \xff\r", b"last"]
-    done = send("-Q", "--connect", endpoint, input=b"\n".join(lines) + end)
-    assert requests() == [[b"one", b"", b"t\two\\"], [b""], [b"A\xff\0"], [b"raw \xff\r"], [b"last"]]
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert [unquote(line) for line in done.stdout.removesuffix(b"\n").split(b"\n")] == AWKWARD
-
-
-def test_each_quoted_line_is_sent_as_soon_as_it_is_read(echo: str, start: Start) -> None:
-    client = start("send", "--quoted", "--connect", echo)
-    for line in (rb"a" + b"\t" + rb"b\n", b"\t", b""):
-        client.send_line(line)
-        assert client.read_line() == line
-    assert client.finish() == (0, b"", [])
-
-
-def test_empty_input_is_no_message(send: Send) -> None:
-    done = send("-Q", "--connect", "tcp://127.0.0.1:1", input=b"")
-    assert (done.returncode, done.stdout) == (0, b"")
-    assert done.stderr == b"zmqmsg: nothing to send: there is no MESSAGE, and standard input is empty\n"
+    (tmp_path / "lines").write_bytes(b"\n".join(lines) + end)
+    with (tmp_path / "lines").open("rb") as file:
+        sender = start("send", "-Q", "--connect", endpoint, stdin=file)
+    assert answer(server, AWKWARD) == [[b"one", b"", b"t\two\\"], [b""], [b"A\xff\0"], [b"raw \xff\r"], [b"last"]]
+    status, output, notices = sender.finish()
+    assert (status, notices) == (0, [])
+    assert [unquote(line) for line in output.removesuffix(b"\n").split(b"\n")] == AWKWARD
 
 
 @pytest.mark.parametrize("escape", [r"\q", r"\x4", r"\xg0", r"\u20ac", "\\", "\\\ta"])
 def test_a_wrong_escape_is_named_with_its_line_and_nothing_of_that_line_is_sent(
-    context: Context, send: Send, escape: str
+    context: Context, start: Start, escape: str
 ) -> None:
     server, endpoint = open_server(context, zmq.REP)
-    requests = answer(server, [[b"reply"]])
-    done = send("-Q", "--connect", endpoint, input=f"good\nfine\t{escape}\nnever\n".encode())
-    assert requests() == [[b"good"]]
+    sender = start("send", "-Q", "--connect", endpoint)
+    sender.send_line(f"good\nfine\t{escape}\nnever".encode())
+    assert answer(server, [[b"reply"]]) == [[b"good"]]
+    status, output, notices = sender.finish()
     assert not server.poll(100)
-    assert (done.returncode, done.stdout) == (1, b"reply\n")
-    assert done.stderr.startswith(b"zmqmsg: line 2 ")
-    assert f"'{escape[:2].strip()}'".encode() in done.stderr
-    assert done.stderr.count(b"\n") == 1
+    assert (status, output, len(notices)) == (1, b"reply\n", 1)
+    assert notices[0].startswith("zmqmsg: line 2 ")
+    assert f"'{escape[:2].strip()}'" in notices[0]
 
 
 def test_arguments_and_fixed_replies_are_quoted_lines_and_files_are_not(
@@ -149,55 +122,34 @@ def test_quoted_lines_with_multipart_are_the_frames_of_one_request(echo: str, se
 
 @POSIX
 def test_a_recorded_conversation_can_be_searched_and_played_again(
-    context: Context, serve: Serve, send: Send, tmp_path: Path
+    context: Context, serve: Serve, start: Start, tmp_path: Path
 ) -> None:
     conversation = [[b"get", b"two\nlines"], *AWKWARD, [b"put", b"x", b"\x80\0"], [b"get", b"one"]]
     log = tmp_path / "log"
     with log.open("wb") as file:
         recorder, endpoint = serve("-Q", "--count", str(len(conversation)), stdout=file)
-    client = context.socket(zmq.REQ)
-    client.connect(endpoint)
     for request in conversation:
-        client.send_multipart(request)
-        assert client.recv_multipart() == request
+        assert ask(context, endpoint, *request) == request
     assert recorder.finish()[0] == 0
 
     found = subprocess.run("grep -a ^get log | cut -f2 | sort", shell=True, cwd=tmp_path, capture_output=True)
     assert found.stdout == rb"one" + b"\n" + rb"two\nlines" + b"\n"
 
     other, endpoint = open_server(context, zmq.REP)
-    requests = answer(other, [[b"ok"]] * len(conversation))
     with log.open("rb") as file:
-        assert send("-Q", "--connect", endpoint, stdin=file).returncode == 0
-    assert requests() == conversation
+        player = start("send", "-Q", "--connect", endpoint, stdin=file)
+    assert answer(other, [[b"ok"]] * len(conversation)) == conversation
+    assert player.finish()[0] == 0
 
 
-def test_a_jupyter_kernel_is_asked_by_a_quoted_line(send: Send, tmp_path: Path) -> None:
-    """Its shell port takes six frames, signed, and replies with six; its heartbeat port is an echo."""
+def test_the_heartbeat_of_a_jupyter_kernel_is_an_echo(send: Send, tmp_path: Path) -> None:
     pytest.importorskip("ipykernel")
-    key = b"secret"
-    path, ports = pytest.importorskip("jupyter_client.connect").write_connection_file(
-        str(tmp_path / "kernel.json"), ip="127.0.0.1", key=key
-    )
-
-    def sign(parts: list[bytes]) -> bytes:
-        return hmac.new(key, b"".join(parts), hashlib.sha256).hexdigest().encode()
-
-    header = {"msg_id": "1", "session": "2", "username": "me", "version": "5.3", "msg_type": "kernel_info_request"}
-    parts = [json.dumps(part).encode() for part in (header, {}, {}, {})]
-    line = b"\t".join([b"<IDS|MSG>", sign(parts), *parts])
+    write_connection_file = pytest.importorskip("jupyter_client.connect").write_connection_file
+    path, ports = write_connection_file(str(tmp_path / "kernel.json"), ip="127.0.0.1")
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", path]
     kernel = subprocess.Popen(command, env=os.environ | {"IPYTHONDIR": str(tmp_path)}, stderr=subprocess.DEVNULL)
     try:
-        done = send("-Q", "--connect", f"tcp://127.0.0.1:{ports['shell_port']}", input=line)
-        beat = send("--connect", f"tcp://127.0.0.1:{ports['hb_port']}", "ping")
+        assert send("--connect", f"tcp://127.0.0.1:{ports['hb_port']}", "ping").stdout == b"ping\n"
     finally:
         kernel.kill()
         kernel.wait()
-    assert done.returncode == 0, done.stderr
-    delimiter, signature, *reply = unquote(done.stdout.removesuffix(b"\n"))
-    assert (delimiter, signature) == (b"<IDS|MSG>", sign(reply))
-    answered, parent, _metadata, content = map(json.loads, reply)
-    assert (answered["msg_type"], parent["msg_id"]) == ("kernel_info_reply", "1")
-    assert content["language_info"]["name"] == "python"
-    assert beat.stdout == b"ping\n"
