@@ -79,18 +79,27 @@ def test_the_first_signal_lets_the_current_request_be_answered(
 
 
 @LINUX
-@pytest.mark.parametrize("command", ["sleep 600 &", "trap '' INT TERM; sleep 600 &", "timeout 600 sleep 600 &"])
-def test_a_second_signal_ends_it_at_once_with_all_that_its_command_has_started(
-    serve: Serve, start: Start, command: str
+@pytest.mark.parametrize(
+    ("option", "command"),
+    [
+        ("--exec", "sleep 600 &"),
+        ("--exec", "trap '' INT TERM; sleep 600 &"),
+        ("--exec", "timeout 600 sleep 600 &"),  # in a process group of its own
+        ("--filter", "read line; sleep 600 &"),
+    ],
+)
+@pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGQUIT], ids=["second signal", "SIGQUIT"])
+def test_a_second_signal_or_sigquit_ends_it_at_once_with_all_that_its_command_has_started(
+    serve: Serve, start: Start, option: str, command: str, last: int
 ) -> None:
-    """GNU timeout is in a process group of its own."""
-    server, endpoint = serve("--exec", f"{command} echo $$ $! >&2; wait; wait")
+    server, endpoint = serve(option, f"{command} echo $$ $! >&2; wait; wait")
     start("send", "--connect", endpoint, "x")
     children = server.wait_for_notice(r"^(\d+) (\d+)$").groups()
-    server.signal(signal.SIGINT)
-    server.wait_for_notice(re.escape(STOPPING))
-    server.signal(signal.SIGTERM)
-    assert server.popen.wait(LIMIT) == 128 + signal.SIGTERM
+    if last == signal.SIGTERM:
+        server.signal(signal.SIGINT)
+        server.wait_for_notice(re.escape(STOPPING))
+    server.signal(last)
+    assert server.popen.wait(LIMIT) == 128 + last
     until(lambda: not any(is_running(int(child)) for child in children))
 
 
@@ -151,7 +160,7 @@ def test_children_of_an_ignored_sigchld_keep_their_exit_status(context: Context,
 
 
 def test_a_command_that_leaves_its_output_open_is_told_as_that(context: Context, serve: Serve) -> None:
-    server, endpoint = serve("--exec", "echo done; sleep 6 &")
+    server, endpoint = serve("--exec", "echo done; sleep 5.5 &")
     assert ask(context, endpoint, b"x") == [b"done\n"]
     server.wait_for_notice("the command, or something that it has started, still goes on after 5 s, .*/dev/null &")
 
