@@ -1,4 +1,4 @@
-"""How ``serve`` gets its replies, asked over inproc: the echo, a fixed text, a command for each request."""
+"""How ``serve --exec`` gets its replies from a command for each request, asked over inproc."""
 
 import os
 import re
@@ -32,29 +32,10 @@ def command(text: str, form: Form = PLAIN) -> Command:
     return Command(text, form, Attendant(), 1 << 26)
 
 
-def test_a_request_is_echoed_frame_by_frame(reply: Run) -> None:
-    requests = [[b"one", b"", b"\xff\0"], [b""]]
-    assert reply(Answer(), *requests) == requests
-
-
-@pytest.mark.parametrize("frames", [[b'{"status": "ok"}'], [b""], [b"\xff\t\n", b"", b"two"]])
-def test_every_request_gets_the_fixed_reply(reply: Run, frames: list[bytes]) -> None:
-    assert reply(Answer(frames), [b"one"], [b"two", b"three"]) == [frames] * 2
-
-
 @POSIX
-@pytest.mark.parametrize("body", [b"", b"\n", b"\0", b"no newline", b"two\n\n", bytes(range(256))])
-def test_a_command_that_is_cat_is_the_echo(reply: Run, body: bytes) -> None:
-    assert reply(command("cat"), [body]) == [[body]]
-
-
-@POSIX
-def test_a_large_request_goes_on_after_the_first_second_and_nothing_is_said(
-    reply: Run, capfd: pytest.CaptureFixture[str]
-) -> None:
-    body = os.urandom(3_000_000)
-    assert reply(command("sleep 1.5; cat"), [body]) == [[body]]
-    assert capfd.readouterr().err == ""
+def test_a_command_that_is_cat_is_the_echo(reply: Run) -> None:
+    requests = [[body] for body in (b"", b"\n", b"\0", b"no newline", b"two\n\n", bytes(range(256)))]
+    assert reply(command("cat"), *requests) == requests
 
 
 LARGE = os.urandom(3_000_000)
@@ -68,11 +49,15 @@ LARGE = os.urandom(3_000_000)
         ("echo fine", LARGE, b"fine\n"),
         ("head -c 3000000 /dev/zero; cat", LARGE, bytes(3_000_000) + LARGE),
         ("exec <&-; echo closed", LARGE, b"closed\n"),
+        ("sleep 1.1; cat", LARGE, None),
     ],
-    ids=["64 MiB", "reads nothing", "prints much before it reads", "closes its input"],
+    ids=["64 MiB", "reads nothing", "prints much before it reads", "closes its input", "takes more than a second"],
 )
-def test_a_command_may_read_and_print_as_it_likes(reply: Run, text: str, body: bytes, printed: bytes | None) -> None:
+def test_a_command_may_read_and_print_as_it_likes(
+    reply: Run, capfd: pytest.CaptureFixture[str], text: str, body: bytes, printed: bytes | None
+) -> None:
     assert reply(command(text), [body]) == [[body if printed is None else printed]]
+    assert capfd.readouterr().err == ""
 
 
 @POSIX
@@ -105,14 +90,6 @@ def test_no_request_injects_anything(reply: Run, tmp_path: Path, monkeypatch: py
         assert b"PATH=" in printed
         assert b"injected" not in printed.removeprefix(body)
     assert list(tmp_path.iterdir()) == []
-
-
-@POSIX
-def test_several_frames_are_read_as_one_and_a_notice_says_so_once(
-    reply: Run, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert reply(command("cat"), *[[b"one", b"", b"two"]] * 2) == [[b"onetwo"]] * 2
-    assert capfd.readouterr().err.count("--quoted") == 1
 
 
 @POSIX
