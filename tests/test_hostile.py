@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL
 
@@ -263,15 +264,12 @@ def test_a_flood_of_rubbish_keeps_no_honest_client_from_its_replies_and_leaves_n
 
 
 @soak
-@pytest.mark.parametrize("count", [100, 500])
-def test_half_open_connections_keep_no_honest_client_out_and_are_cut_off(
-    serve: Serve, start: Start, count: int
-) -> None:
+def test_half_open_connections_keep_no_honest_client_out_and_are_cut_off(serve: Serve, start: Start) -> None:
     process, endpoint = serve(stdout=DEVNULL)
     server = Measured(process, endpoint)
     with ExitStack() as stack:
         started = time.monotonic()
-        connections = half_open(endpoint, count, stack)
+        connections = half_open(endpoint, 500, stack)
         for connection in connections:
             connection.settimeout(HANDSHAKE_LIMIT + LIMIT)
         assert start("send", "-c", endpoint, "hello").finish()[1] == b"hello\n"
@@ -330,27 +328,6 @@ def test_serve_raises_its_limit_of_descriptors(context: Context, serve: Serve) -
     process, _ = serve(preexec_fn=limit_descriptors)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     assert resource.prlimit(process.pid, resource.RLIMIT_NOFILE) == (min(hard, 65536), hard)
-
-
-@soak
-def test_thousands_of_clients_are_served_at_once(serve: Serve, context: Context) -> None:
-    clients = 5000
-    process, endpoint = serve("--quiet")
-    before = memory(process.pid)
-    with ExitStack() as stack:
-        connections = [stack.enter_context(socket.create_connection(address(endpoint), LIMIT)) for _ in range(clients)]
-        for connection in connections:
-            assert shake_hands(connection)
-        spent = processor_time(process.pid)
-        time.sleep(5)
-        idle = (processor_time(process.pid) - spent) / 5
-        grown = memory(process.pid) - before
-        for connection in connections:
-            connection.sendall(request(b"hello"))
-        for connection in connections:
-            assert hears(connection, request(b"hello"))
-    assert idle < 0.02
-    assert grown < 1 << 20
 
 
 def test_one_connection_cannot_fill_the_memory_of_serve(serve: Serve, context: Context) -> None:
@@ -444,42 +421,33 @@ def test_a_reply_that_a_stranger_makes_the_server_drop_is_had_by_another_attempt
 # Against send
 
 
-def saying(rubbish: bytes) -> Callable[[socket.socket], None]:
-    """Say ``rubbish``, hear what comes, and hang up."""
-
-    def answer(connection: socket.socket) -> None:
-        connection.sendall(rubbish)
-        connection.recv(65536)
-
-    return answer
+def saying(rubbish: bytes, connection: socket.socket) -> None:
+    connection.sendall(rubbish)
+    connection.recv(65536)
 
 
-def replying(reply: bytes) -> Callable[[socket.socket], None]:
+def replying(reply: bytes, connection: socket.socket) -> None:
     """Finish the handshake of a REP socket, wait for the request, say ``reply`` and hang up."""
-
-    def answer(connection: socket.socket) -> None:
-        connection.sendall(greeting() + ready(b"REP"))
-        if hears(connection, request(b"hello")):
-            connection.sendall(reply)
-
-    return answer
+    connection.sendall(greeting() + ready(b"REP"))
+    if hears(connection, request(b"hello")):
+        connection.sendall(reply)
 
 
 ANSWERS = {
-    **{f"rubbish {seed}": saying(random.Random(seed).randbytes(1000)) for seed in range(3)},
-    "ZeroMQ rubbish": saying(greeting() + random.Random(4).randbytes(1000)),
-    "PUB": saying(greeting() + ready(b"PUB") + frame(b"hello") * 10),
-    "rubbish for a reply": replying(b"\xfa" * 1000),
-    "reply without a delimiter": replying(frame(b"hello")),
-    "reply of 2^62 bytes": replying(b"\x01\x00\x02" + HUGE + bytes(1000)),
-    "reply cut off": replying(request(b"hello" * 1000)[:-1]),
-    "reply cut off in its length": replying(request(b"hello" * 1000)[:8]),
-    "reply cut off between its frames": replying(frame(b"", more=True) + frame(b"hello", more=True)),
+    **{f"rubbish {seed}": partial(saying, random.Random(seed).randbytes(1000)) for seed in range(3)},
+    "ZeroMQ rubbish": partial(saying, greeting() + random.Random(4).randbytes(1000)),
+    "PUB": partial(saying, greeting() + ready(b"PUB") + frame(b"hello") * 10),
+    "rubbish for a reply": partial(replying, b"\xfa" * 1000),
+    "reply without a delimiter": partial(replying, frame(b"hello")),
+    "reply of 2^62 bytes": partial(replying, b"\x01\x00\x02" + HUGE + bytes(1000)),
+    "reply cut off": partial(replying, request(b"hello" * 1000)[:-1]),
+    "reply cut off in its length": partial(replying, request(b"hello" * 1000)[:8]),
+    "reply cut off between its frames": partial(replying, frame(b"", more=True) + frame(b"hello", more=True)),
 }
 
 
 def test_the_server_that_replies_by_hand_would_be_understood_if_it_were_right(start: Start) -> None:
-    with listening(replying(request(b"hello", b"again"))) as endpoint:
+    with listening(partial(replying, request(b"hello", b"again"))) as endpoint:
         assert start("send", "-c", endpoint, "-r", "0", "hello").finish()[:2] == (0, b"hello\nagain\n")
 
 
@@ -502,18 +470,16 @@ def test_a_reply_that_is_too_large_is_not_held(start: Start) -> None:
     sent: list[int] = []
 
     def answer(connection: socket.socket) -> None:
-        sent.append(0)
-        replying(frame(b"", more=True) + b"\x02" + struct.pack(">Q", 1 << 30))(connection)
+        replying(frame(b"", more=True) + b"\x02" + struct.pack(">Q", 1 << 30), connection)
         for _ in range(200):
             connection.sendall(bytes(1 << 20))
-            sent[-1] += 1 << 20
+            sent.append(1)
 
     with listening(answer) as endpoint:
         status, output, notices = start("send", "-c", endpoint, "hello").finish()
     assert (status, output) == (3, b"")
     assert "a frame exceeds --max-size" in notices[-1]
-    assert len(sent) == 1
-    assert sent[0] < 50 << 20
+    assert len(sent) < 50
 
 
 @pytest.mark.parametrize("reply", ["no empty frame", "too large"])
