@@ -26,16 +26,14 @@ from conftest import (
     Serve,
     Start,
     address,
-    bind,
     descriptors,
     listening,
     memory,
     processor_time,
     soak,
-    stop,
     until,
 )
-from zmtp import command, frame, greeting, ready, request
+from zmtp import command, frame, greeting, ready, request, say
 
 with suppress(ImportError):  # Windows has none
     import resource
@@ -260,7 +258,8 @@ def test_a_flood_of_rubbish_keeps_no_honest_client_from_its_replies_and_leaves_n
         flood(endpoint, [number for number in range(connections) if number % len(RUBBISH) != late])
     server.assert_recovered()
     server.assert_idle()
-    assert stop(process)[0] == 0
+    process.popen.terminate()
+    assert process.finish()[0] == 0
 
 
 @soak
@@ -421,11 +420,6 @@ def test_a_reply_that_a_stranger_makes_the_server_drop_is_had_by_another_attempt
 # Against send
 
 
-def saying(rubbish: bytes, connection: socket.socket) -> None:
-    connection.sendall(rubbish)
-    connection.recv(65536)
-
-
 def replying(reply: bytes, connection: socket.socket) -> None:
     """Finish the handshake of a REP socket, wait for the request, say ``reply`` and hang up."""
     connection.sendall(greeting() + ready(b"REP"))
@@ -434,9 +428,9 @@ def replying(reply: bytes, connection: socket.socket) -> None:
 
 
 ANSWERS = {
-    **{f"rubbish {seed}": partial(saying, random.Random(seed).randbytes(1000)) for seed in range(3)},
-    "ZeroMQ rubbish": partial(saying, greeting() + random.Random(4).randbytes(1000)),
-    "PUB": partial(saying, greeting() + ready(b"PUB") + frame(b"hello") * 10),
+    **{f"rubbish {seed}": partial(say, random.Random(seed).randbytes(1000)) for seed in range(3)},
+    "ZeroMQ rubbish": partial(say, greeting() + random.Random(4).randbytes(1000)),
+    "PUB": partial(say, greeting() + ready(b"PUB") + frame(b"hello") * 10),
     "rubbish for a reply": partial(replying, b"\xfa" * 1000),
     "reply without a delimiter": partial(replying, frame(b"hello")),
     "reply of 2^62 bytes": partial(replying, b"\x01\x00\x02" + HUGE + bytes(1000)),
@@ -495,7 +489,8 @@ def test_a_request_whose_reply_is_rejected_is_served_once(
         server.curve_server = True
         server.curve_secretkey = zmq.auth.load_certificate(secret)[1] or b""
         options = ["--server-key", public]
-    client = start("send", "-c", bind(server), "--max-size", "64K", *options, "hello", "never sent")
+    endpoint = f"tcp://127.0.0.1:{server.bind_to_random_port('tcp://127.0.0.1')}"
+    client = start("send", "-c", endpoint, "--max-size", "64K", *options, "hello", "never sent")
     assert server.poll(LIMIT * 1000)
     identity, empty, body = server.recv_multipart()
     server.send_multipart([identity, body] if reply == "no empty frame" else [identity, empty, bytes(1 << 17)])

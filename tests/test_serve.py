@@ -50,16 +50,6 @@ def test_a_request_of_a_plain_req_socket_is_printed(
     assert server.finish()[:2] == (0, printed)
 
 
-def test_a_req_socket_of_pyomq_is_served(serve: Serve) -> None:
-    server, endpoint = serve("--count", "1")
-    pyomq = pytest.importorskip("pyomq")
-    with pyomq.Context() as context, context.socket(pyomq.REQ) as client:
-        client.connect(endpoint)
-        client.send(b"hello")
-        assert client.recv() == b"hello"
-    assert server.finish()[:2] == (0, b"hello\n")
-
-
 @LINUX
 @pytest.mark.parametrize(
     ("options", "which", "is_open"),

@@ -13,21 +13,7 @@ import pytest
 from zmqmsg.sockets import Context
 from zmqmsg.system import STOP_SIGNALS
 
-from conftest import (
-    LIMIT,
-    LINUX,
-    POSIX,
-    Send,
-    Serve,
-    Start,
-    ask,
-    descriptors,
-    free_endpoint,
-    is_running,
-    shell,
-    stop,
-    until,
-)
+from conftest import LIMIT, LINUX, POSIX, Send, Serve, Start, ask, descriptors, is_running, shell, stop, until
 
 with suppress(ImportError):  # Windows has none
     import resource
@@ -43,12 +29,6 @@ def test_a_signal_ends_an_idle_server_and_leaves_no_ipc_file_behind(
     assert send("--connect", endpoint, "one").returncode == 0
     assert stop(server, number) == (0, b"one\n", [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_signal_ends_a_worker_that_waits_for_its_broker(start: Start) -> None:
-    worker = start("serve", "--connect", free_endpoint())
-    worker.wait_for_notice("waiting for")
-    assert stop(worker)[:2] == (0, b"")
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_ignored(context: Context, serve: Serve, tmp_path: Path) -> None:
