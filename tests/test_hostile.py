@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL
+from typing import Any
 
 import pytest
 import zmq
@@ -19,20 +20,7 @@ import zmq.auth
 
 from zmqmsg.sockets import Context
 
-from conftest import (
-    LIMIT,
-    LINUX,
-    Process,
-    Serve,
-    Start,
-    address,
-    descriptors,
-    listening,
-    memory,
-    processor_time,
-    soak,
-    until,
-)
+from conftest import LIMIT, LINUX, Serve, Start, address, descriptors, listening, memory, processor_time, soak, until
 from zmtp import command, frame, greeting, ready, request, say
 
 with suppress(ImportError):  # Windows has none
@@ -106,13 +94,13 @@ RUBBISH: dict[str, Say] = {
 class Measured:
     """A server, what it had when it was at rest, and whether it has come to rest again."""
 
-    def __init__(self, process: Process, endpoint: str) -> None:
-        """Let the server meet each kind of rubbish once first: what it needs for that, it keeps."""
-        self.process = process
-        self.descriptors = descriptors(process.pid)
-        flood(endpoint, range(len(RUBBISH)))
+    def __init__(self, serve: Serve, *arguments: str, **options: Any) -> None:
+        """Start it, and let it meet each kind of rubbish once first: what it needs for that, it keeps."""
+        self.process, self.endpoint = serve(*arguments, stdout=DEVNULL, **options)
+        self.descriptors = descriptors(self.process.pid)
+        flood(self.endpoint, range(len(RUBBISH)))
         self._wait_for_descriptors()
-        self.memory = memory(process.pid)
+        self.memory = memory(self.process.pid)
 
     def assert_recovered(self) -> None:
         """Wait until memory and descriptors are back."""
@@ -156,12 +144,12 @@ def shake_hands(connection: socket.socket) -> bool:
 def attack(endpoint: str, number: int) -> socket.socket:
     """Connect as the attacker of this number does, say the rubbish, and return the connection."""
     numbers = random.Random(number)
-    say = list(RUBBISH.values())[number % len(RUBBISH)]
+    rubbish = list(RUBBISH.values())[number % len(RUBBISH)]
     connection = socket.create_connection(address(endpoint), LIMIT)
     if number % 3 == 0:  # a third is gone with a RST
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     with suppress(OSError):
-        said = say(numbers)
+        said = rubbish(numbers)
         if said.startswith(HELLO):
             shake_hands(connection)
         connection.sendall(said.removeprefix(HELLO))
@@ -234,11 +222,6 @@ def is_cut_off(connection: socket.socket) -> bool:
     return True
 
 
-def exchange(client: Process) -> None:
-    client.send_line(b"x")
-    assert client.read_line() == b"x"
-
-
 # Against serve
 
 
@@ -251,27 +234,25 @@ def test_a_flood_of_rubbish_keeps_no_honest_client_from_its_replies_and_leaves_n
     _, secret = zmq.auth.create_certificates(tmp_path, "client")
     Path(secret).chmod(0o600)
     keys = ["--key", f"{tmp_path}/server.key_secret", "--client-keys", f"{tmp_path}/client.key"]
-    process, endpoint = serve(*keys * keyed, stdout=DEVNULL)
-    server = Measured(process, endpoint)
+    server = Measured(serve, *keys * keyed)
     late = list(RUBBISH).index("tiny frames") if connections > 1000 else None
-    with honest(start, endpoint, *["--key", secret, "--server-key", f"{tmp_path}/server.key"] * keyed):
-        flood(endpoint, [number for number in range(connections) if number % len(RUBBISH) != late])
+    with honest(start, server.endpoint, *["--key", secret, "--server-key", f"{tmp_path}/server.key"] * keyed):
+        flood(server.endpoint, [number for number in range(connections) if number % len(RUBBISH) != late])
     server.assert_recovered()
     server.assert_idle()
-    process.popen.terminate()
-    assert process.finish()[0] == 0
+    server.process.popen.terminate()
+    assert server.process.finish()[0] == 0
 
 
 @soak
 def test_half_open_connections_keep_no_honest_client_out_and_are_cut_off(serve: Serve, start: Start) -> None:
-    process, endpoint = serve(stdout=DEVNULL)
-    server = Measured(process, endpoint)
+    server = Measured(serve)
     with ExitStack() as stack:
         started = time.monotonic()
-        connections = half_open(endpoint, 500, stack)
+        connections = half_open(server.endpoint, 500, stack)
         for connection in connections:
             connection.settimeout(HANDSHAKE_LIMIT + LIMIT)
-        assert start("send", "-c", endpoint, "hello").finish()[1] == b"hello\n"
+        assert start("send", "-c", server.endpoint, "hello").finish()[1] == b"hello\n"
         assert time.monotonic() - started < HANDSHAKE_LIMIT, "before any connection is cut off"
         assert all(is_cut_off(connection) for connection in connections)
         assert time.monotonic() - started < HANDSHAKE_LIMIT + LIMIT / 2
@@ -282,14 +263,14 @@ def test_half_open_connections_keep_no_honest_client_out_and_are_cut_off(serve: 
 def test_a_client_that_never_reads_its_replies_keeps_nobody_from_theirs(
     serve: Serve, start: Start, requests: int, size: int
 ) -> None:
-    process, endpoint = serve(stdout=DEVNULL)
-    assert start("send", "-c", endpoint, "x" * size).finish()[0] == 0
-    server = Measured(process, endpoint)
-    with socket.create_connection(address(endpoint), LIMIT) as deaf:
+    server = Measured(serve)
+    assert start("send", "-c", server.endpoint, "x" * size).finish()[0] == 0
+    server.memory = memory(server.process.pid)
+    with socket.create_connection(address(server.endpoint), LIMIT) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         assert shake_hands(deaf)
         deaf.settimeout(1)  # the kernel may hold its requests back, as its window for replies is closed
-        with honest(start, endpoint), suppress(TimeoutError):
+        with honest(start, server.endpoint), suppress(TimeoutError):
             for _ in range(requests):
                 deaf.sendall(request(bytes(size)))
     server.assert_recovered()
@@ -304,15 +285,19 @@ def test_a_server_without_descriptors_serves_again_as_soon_as_it_has_some(
     def limit_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
-    process, endpoint = serve(stdout=DEVNULL, preexec_fn=limit_descriptors)
-    server = Measured(process, endpoint)
-    early = start("send", "-c", endpoint, "-t", str(LIMIT))
-    exchange(early)
+    server = Measured(serve, preexec_fn=limit_descriptors)
+    early = start("send", "-c", server.endpoint, "-t", str(LIMIT))
+
+    def exchange() -> None:
+        early.send_line(b"x")
+        assert early.read_line() == b"x"
+
+    exchange()
     with ExitStack() as stack:
-        half_open(endpoint, connections, stack)
-        until(lambda: descriptors(process.pid) == most, lambda: descriptors(process.pid))
-        exchange(early)
-        late = start("send", "-c", endpoint, "late")
+        half_open(server.endpoint, connections, stack)
+        until(lambda: descriptors(server.process.pid) == most, lambda: descriptors(server.process.pid))
+        exchange()
+        late = start("send", "-c", server.endpoint, "late")
         late.wait_for_notice("connected, but no ZeroMQ greeting yet")
     assert late.finish()[:2] == (0, b"late\n")
     assert early.finish()[:2] == (0, b"")
@@ -377,15 +362,14 @@ def test_no_request_of_a_pipelining_client_is_lost(serve: Serve, context: Contex
 
 
 def test_a_request_that_never_ends_is_given_up_with_its_connection(serve: Serve, start: Start) -> None:
-    process, endpoint = serve(stdout=DEVNULL)
-    server = Measured(process, endpoint)
-    with socket.create_connection(address(endpoint), LIMIT) as endless:
+    server = Measured(serve)
+    with socket.create_connection(address(server.endpoint), LIMIT) as endless:
         assert shake_hands(endless)
         endless.sendall(frame(b"", more=True))
         for _ in range(300):
             endless.sendall(frame(bytes(100_000), more=True))
-        until(lambda: memory(process.pid) > server.memory + MEMORY, server.__str__)
-        assert start("send", "-c", endpoint, "hello").finish()[1] == b"hello\n"
+        until(lambda: memory(server.process.pid) > server.memory + MEMORY, server.__str__)
+        assert start("send", "-c", server.endpoint, "hello").finish()[1] == b"hello\n"
     server.assert_recovered()
 
 
