@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 
 from zmqmsg.sockets import Context
 
-from conftest import LIMIT, POSIX, Process, Send, Serve, Start, ask, is_running, soak, stop, until
+from conftest import POSIX, Process, Send, Serve, Start, ask, is_running, stop, until
 
 pytestmark = POSIX
 
@@ -148,32 +147,3 @@ def test_a_filter_that_is_stopped_together_with_us_is_no_failure(serve: Serve) -
     for pid in (*started(server), server.pid):
         os.kill(pid, signal.SIGTERM)
     assert server.finish()[0] == 0
-
-
-# At full size
-
-
-@pytest.mark.parametrize(("count", "kills"), [(1000, 2), pytest.param(100_000, 10, marks=soak)])
-def test_no_reply_goes_to_the_wrong_request_though_the_server_is_killed(
-    serve: Serve, start: Start, count: int, kills: int
-) -> None:
-    server, endpoint = serve("--quiet", "--filter", "cat")
-    sender = start("send", "--connect", endpoint)
-    requests = [b"%d" % number for number in range(count)]
-
-    def feed() -> None:
-        for request in requests:
-            sender.send_line(request)
-
-    feeder = threading.Thread(target=feed, daemon=True)
-    feeder.start()
-    replies: list[bytes] = []
-    for kill in range(1, kills + 1):
-        replies += [sender.read_line() for _ in range(count * kill // (kills + 1) - len(replies))]
-        server.signal(signal.SIGKILL)
-        server.wait()
-        server, _ = serve("--quiet", "--filter", "cat", "--bind", endpoint)
-    replies += [sender.read_line() for _ in range(count - len(replies))]
-    feeder.join(LIMIT)
-    assert replies == requests
-    assert sender.finish()[0] in (0, 1)
