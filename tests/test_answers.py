@@ -96,22 +96,17 @@ def test_no_request_injects_anything(reply: Run, tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("text", "frames", "printed", "notice"),
     [
-        ("cat", [b"a\tb", b"", b"\n\\\xff"], [b"a\tb", b"", b"\n\\\xff"], None),
-        ("cut -f2", [b"one", b"two", b"three"], [b"two"], None),
-        ("echo ok", [b"x"], [b"ok"], None),
-        ("printf ok", [b"x"], [b"ok"], None),
-        ("echo", [b"x"], [b""], None),
+        ("cat", [b"a\tb", b"", b"\n\\\xff"], [b"a\tb", b"", b"\n\\\xff"], ""),
+        ("cut -f2", [b"one", b"two", b"three"], [b"two"], ""),
+        ("echo ok", [b"x"], [b"ok"], ""),
+        ("printf ok", [b"x"], [b"ok"], ""),
+        ("echo", [b"x"], [b""], ""),
         (r"printf 'a\\q\n'", [b"x"], [b"a\\q\n"], r"'\\q'"),
         (r"printf 'a\nb\n'", [b"x"], [b"a\nb\n"], "more than one line"),
     ],
 )
 def test_with_quoted_a_command_reads_one_line_and_prints_one(
-    reply: Run,
-    capfd: pytest.CaptureFixture[str],
-    text: str,
-    frames: list[bytes],
-    printed: list[bytes],
-    notice: str | None,
+    reply: Run, capfd: pytest.CaptureFixture[str], text: str, frames: list[bytes], printed: list[bytes], notice: str
 ) -> None:
     assert reply(command(text, QUOTED), frames) == [printed]
     notices = capfd.readouterr().err
