@@ -10,17 +10,14 @@ import socket
 import subprocess
 import threading
 import time
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
 import pytest
 import zmq
 
-from zmqmsg.answers import Answer
-from zmqmsg.connection import Peer
-from zmqmsg.send import Client
-from zmqmsg.sockets import Context, open_socket
+from zmqmsg.sockets import Context
 
 from conftest import (
     COMMAND,
@@ -31,7 +28,6 @@ from conftest import (
     Send,
     Serve,
     Start,
-    answering,
     await_end,
     bind,
     free_endpoint,
@@ -40,11 +36,10 @@ from conftest import (
     relay,
     until,
 )
-from zmtp import OTHER_PROTOCOLS, Talk, echo_as_zmtp_1, echo_as_zmtp_2, greeting, say, shake_hands
+from zmtp import OTHER_PROTOCOLS, Talk, echo_as_zmtp_1, echo_as_zmtp_2, greeting, say
 
 NOWHERE = "tcp://no.such.name.invalid:5555"
 MUTE = "connected, but no ZeroMQ greeting yet"
-LIKELY = "wrong port, or a hung server?"
 
 
 def first_notice(sender: Process) -> str:
@@ -59,45 +54,30 @@ def connects(*endpoints: str) -> list[str]:
 # Replies
 
 
-@pytest.mark.parametrize("endpoint", ["inproc://server", "tcp://127.0.0.1:*"])
-def test_replies_come_in_the_order_of_the_requests_frame_for_frame(context: Context, endpoint: str) -> None:
-    messages = [[b"%d" % number] for number in range(100)] + [[b"", b"a\nb", b"\0\xff", b"", b"x" * 100_000]]
-    with (
-        answering(context, Answer(), len(messages), endpoint) as real,
-        closing(Peer(real, lambda: open_socket(context, zmq.REQ))) as peer,
-    ):
-        client = Client([peer])
-        assert [[frame.bytes for frame in client.ask(frames).frames] for frames in messages] == messages
-
-
 @POSIX
 @pytest.mark.parametrize(
-    "endpoint",
+    ("bound", "to_connect"),
     [
-        "tcp://127.0.0.1:*",
-        "tcp://[::1]:*",
-        "ipc://{folder}/a.sock",
-        pytest.param("ipc://@zmqmsg-test-{pid}", marks=LINUX),
+        ("tcp://127.0.0.1:*", r"tcp://127\.0\.0\.1:[1-9]\d*"),
+        ("tcp://localhost:0", r"tcp://127\.0\.0\.1:[1-9]\d*"),
+        pytest.param("tcp://lo:*", r"tcp://127\.0\.0\.1:[1-9]\d*", marks=LINUX),
+        ("tcp://[::1]:*", r"tcp://\[::1\]:[1-9]\d*"),
+        ("ipc://{tmp_path}/a.sock", "ipc://{tmp_path}/a.sock"),
+        pytest.param("ipc://@zmqmsg-test-{pid}", "ipc://@zmqmsg-test-{pid}", marks=LINUX),
     ],
 )
 def test_three_messages_are_printed_at_the_server_and_their_replies_at_the_client(
-    serve: Serve, send: Send, tmp_path: Path, endpoint: str
+    serve: Serve, send: Send, tmp_path: Path, bound: str, to_connect: str
 ) -> None:
-    given = endpoint.format(folder=tmp_path, pid=os.getpid())
-    server, real = serve("--count", "3", "--bind", given)
-    done = send("--connect", real, "first message", "second message", "third message")
+    names = {"tmp_path": tmp_path, "pid": os.getpid()}
+    server, real = serve("--count", "3", "--bind", bound.format(**names))
+    assert re.fullmatch(to_connect.format(**names), real)
+    # With IPv6 switched on, libzmq would try localhost as ::1 alone.
+    connect = real.replace("127.0.0.1", "localhost")
+    done = send("--connect", connect, "first message", "second message", "third message")
     lines = b"first message\nsecond message\nthird message\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, lines, b"")
     assert server.finish() == (0, lines, [f"zmqmsg: listening on {real}", "zmqmsg: 3 requests served"])
-
-
-@pytest.mark.parametrize("socket_type", [zmq.REP, zmq.ROUTER])
-def test_a_plain_socket_of_pyzmq_is_a_server(context: Context, start: Start, socket_type: int) -> None:
-    server, endpoint = open_server(context, socket_type)
-    sender = start("send", "--connect", endpoint, "ping")
-    *envelope, body = server.recv_multipart()
-    server.send_multipart([*envelope, body.upper(), b"more"])
-    assert sender.finish()[:2] == (0, b"PING\nmore\n")
 
 
 def test_a_rep_socket_of_pyomq_is_a_server(start: Start) -> None:
@@ -129,37 +109,87 @@ def drop_privilege() -> None:
 
 
 @LINUX
-@pytest.mark.parametrize("forbidden", ["socket", "directory"])
-def test_an_ipc_path_without_permission_is_told_as_that(
-    serve: Serve, start: Start, tmp_path: Path, forbidden: str
+def test_an_ipc_path_without_permission_is_told_as_that(serve: Serve, start: Start, tmp_path: Path) -> None:
+    (tmp_path / "directory").mkdir()
+    paths = [tmp_path / "socket", tmp_path / "directory" / "socket"]
+    endpoints = [f"ipc://{path}" for path in paths]
+    serve(*(option for endpoint in endpoints for option in ("--bind", endpoint)))
+    until(paths[1].exists)
+    for forbidden in ("socket", "directory"):
+        (tmp_path / forbidden).chmod(0)
+    sender = start("send", *connects(*endpoints), "x", preexec_fn=drop_privilege)
+    for endpoint in endpoints:
+        sender.wait_for_notice(f"waiting for {endpoint}: permission denied")
+    (tmp_path / "directory").chmod(0o700)
+
+
+@POSIX
+def test_where_nobody_listens_the_system_says_why(start: Start, tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(f"{tmp_path}/stale")
+    (tmp_path / "file").touch()
+    reasons = {
+        "tcp://127.0.0.1:1": "connection refused",
+        "tcp://[::1]:1": "connection refused",
+        "tcp://localhost:1": "connection refused",
+        "tcp://a..b:5555": "cannot resolve a..b: not a valid name",
+        f"ipc://{tmp_path}/stale": "connection refused",
+        f"ipc://{tmp_path}/file/below": "not a directory",
+    }
+    sender = start("send", *connects(*reasons), "x")
+    for endpoint, reason in reasons.items():
+        sender.wait_for_notice(re.escape(f"waiting for {endpoint}: {reason}"))
+
+
+NO_CURVE = "it does not use CURVE: is it the right server?"
+TOO_OLD = "which is too old for CURVE"
+LONG_READY = b"\6" + (300).to_bytes(8) + b"\5READY\x0bSocket-Type\0\0\0\3SUB" + bytes(275)
+
+WRONG: list[tuple[Talk, str]] = [
+    *((talk, f"it does not speak ZeroMQ; it says '{words}") for talk, words in OTHER_PROTOCOLS),
+    (partial(say, greeting(b"PLAIN")), "it requires PLAIN, which zmqmsg does not speak"),
+    (partial(say, greeting(b"CURVE")), "it requires CURVE; pass --server-key"),
+    (partial(say, greeting()[:10] + b"\1\7\0\0"), "it is a PULL socket, not a REP or ROUTER"),  # of ZMTP 2
+    (partial(say, greeting() + LONG_READY), "it is a SUB socket, not a REP or ROUTER"),
+]
+WRONG_WITH_CURVE: list[tuple[Talk, str]] = [
+    *((talk, f"it does not speak ZeroMQ; it says '{words}") for talk, words in OTHER_PROTOCOLS),
+    (partial(say, greeting(b"PLAIN")), "it requires PLAIN, which zmqmsg does not speak"),
+    (partial(say, greeting()), NO_CURVE),
+    (echo_as_zmtp_2, f"it speaks ZMTP 2, {TOO_OLD}"),
+    (echo_as_zmtp_1, f"it speaks ZMTP 1, {TOO_OLD}"),
+    (partial(say, b"\6\0alice"), f"it speaks ZMTP 1, {TOO_OLD}"),  # with an identity
+]
+WRONG_TYPES = [zmq.PUB, zmq.PUSH, zmq.REQ, zmq.PAIR, zmq.PULL, zmq.SUB, zmq.DEALER, zmq.XPUB, zmq.XSUB]
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["--timeout", "15"], ["--server-key", "any.key"]], ids=["", "timeout", "CURVE"]
+)
+def test_send_ends_at_once_when_all_its_endpoints_can_never_answer(
+    context: Context, send: Send, tmp_path: Path, options: list[str]
 ) -> None:
-    directory = tmp_path / "directory"
-    directory.mkdir()
-    _, endpoint = serve("--bind", f"ipc://{directory}/socket")
-    (directory if forbidden == "directory" else directory / "socket").chmod(0)
-    sender = start("send", "--connect", endpoint, "x", preexec_fn=drop_privilege)
-    assert first_notice(sender) == f"waiting for {endpoint}: permission denied"
-    directory.chmod(0o700)
-
-
-WRONG: dict[str, tuple[Talk, str]] = {
-    **{protocol: (talk, "it does not speak ZeroMQ; it says '") for protocol, (talk, _) in OTHER_PROTOCOLS.items()},
-    "PUB": (partial(shake_hands, b"PUB"), "it is a PUB socket, not a REP or ROUTER"),
-    "PLAIN": (partial(say, greeting(b"PLAIN")), "it requires PLAIN, which zmqmsg does not speak"),
-    "CURVE": (partial(say, greeting(b"CURVE")), "it requires CURVE; pass --server-key"),
-    "PULL of ZMTP 2": (partial(say, greeting()[:10] + b"\1\7\0\0"), "it is a PULL socket, not a REP or ROUTER"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("options", [[], ["--timeout", "1"]], ids=["", "timeout"])
-def test_a_peer_that_can_never_answer_ends_send_at_once(send: Send, wrong: str, options: list[str]) -> None:
-    talk, reason = WRONG[wrong]
-    with listening(talk) as endpoint:
-        done = send("--connect", endpoint, *options, "x")
+    curve = "--server-key" in options
+    (tmp_path / "any.key").write_bytes(zmq.curve_keypair()[0])
+    reasons: dict[str, str] = {}
+    with ExitStack() as stack:
+        for talk, reason in WRONG_WITH_CURVE if curve else WRONG:
+            reasons[stack.enter_context(listening(talk))] = reason
+        for socket_type in WRONG_TYPES:
+            server, endpoint = open_server(context, socket_type)
+            stack.enter_context(server)
+            reasons[endpoint] = NO_CURVE if curve else f"it is a {socket_type.name} socket, not a REP or ROUTER"
+        done = send(*connects(*reasons), *options, "x", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.decode().startswith(f"zmqmsg: {endpoint}: {reason}")
-    assert done.stderr.count(b"\n") == 1
+    last = done.stderr.decode().splitlines()[-1]
+    assert [endpoint for endpoint, reason in reasons.items() if f"{endpoint}: {reason}" not in last] == []
+
+
+def test_a_single_endpoint_that_can_never_answer_is_told_in_one_line(context: Context, send: Send) -> None:
+    _publisher, endpoint = open_server(context, zmq.PUB)
+    done = send("--connect", endpoint, "x")
+    assert (done.returncode, done.stdout) == (1, b"")
+    assert done.stderr.decode() == f"zmqmsg: {endpoint}: it is a PUB socket, not a REP or ROUTER\n"
 
 
 @pytest.mark.parametrize(
@@ -172,7 +202,7 @@ def test_a_peer_that_can_never_answer_ends_send_at_once(send: Send, wrong: str, 
 def test_a_server_that_lets_nobody_in_without_keys_is_told_as_that(
     context: Context, start: Start, status: bytes, notice: str
 ) -> None:
-    """400 is for good, and 500 is not: those are the statuses of ZAP."""
+    """In ZAP, ZeroMQ's authentication protocol, status 400 is for good, and 500 is not."""
     gate = context.socket(zmq.REP)
     gate.bind("inproc://zeromq.zap.01")
 
@@ -188,26 +218,26 @@ def test_a_server_that_lets_nobody_in_without_keys_is_told_as_that(
         server.zap_domain = b"test"
         endpoint = bind(server)
         sender = start("send", "--connect", endpoint, "x")
-        assert sender.wait_for_notice("zmqmsg: (.*)")[1] == notice.format(endpoint)
+        assert first_notice(sender) == notice.format(endpoint)
     context.term()
     guard.join(LIMIT)
 
 
-def test_a_mute_port_is_told_as_that_however_short_the_timeout(send: Send) -> None:
-    with listening(partial(say, b"")) as endpoint:
-        done = send("--connect", endpoint, "--timeout", "0.4", "x")
-    assert done.returncode == 1
-    assert done.stderr.decode() == f"zmqmsg: no server at {endpoint} within 0.4 s: {MUTE} (1 attempt, 0.4 s)\n"
-
-
-def test_a_port_that_stays_mute_is_waited_for_and_a_hung_server_is_one_of_two_guesses(start: Start) -> None:
-    with listening(partial(say, b"")) as endpoint:
-        sender = start("send", "--connect", endpoint, "x")
-        sender.wait_for_notice(re.escape(LIKELY))
-        assert sender.notices == [
-            f"zmqmsg: waiting for {endpoint}: {MUTE}",
-            f"zmqmsg: waiting for {endpoint}: {MUTE}; {LIKELY}",
-        ]
+def test_a_mute_port_gets_nothing_and_is_told_as_that(start: Start) -> None:
+    with listening(echo_as_zmtp_2) as endpoint:
+        former = start("send", "--connect", endpoint, "--timeout", "6.5", "--retries", "0")
+        exchange(former)
+    with listening(partial(say, b""), endpoint):
+        former.send_line(b"two")
+        hasty = start("send", "--connect", endpoint, "--timeout", "0.4", "x")
+        patient = start("send", "--connect", endpoint, "x")
+        no_server = f"zmqmsg: no server at {endpoint} within"
+        assert hasty.finish() == (1, b"", [f"{no_server} 0.4 s: {MUTE} (1 attempt, 0.4 s)"])
+        patient.wait_for_notice("hung server")
+        waiting = f"zmqmsg: waiting for {endpoint}: {MUTE}"
+        assert patient.notices == [waiting, f"{waiting}; wrong port, or a hung server?"]
+        status, _, notices = former.finish()
+    assert (status, f"{no_server} 6.5 s: {MUTE}; the server may be hung" in notices[-1]) == (1, True)
 
 
 @pytest.mark.parametrize("talk", [echo_as_zmtp_1, echo_as_zmtp_2])
@@ -229,13 +259,6 @@ def test_an_old_peer_serves_within_a_second_and_after_a_restart(start: Start, ta
     assert retries[-3:] == [f"{lost} ({number} of 3)" for number in (1, 2, 3)]
 
 
-@pytest.mark.parametrize("talk", [echo_as_zmtp_1, echo_as_zmtp_2])
-def test_a_short_timeout_is_enough_for_an_old_peer(send: Send, talk: Talk) -> None:
-    with listening(talk) as endpoint:
-        done = send("--connect", endpoint, "--timeout", "2", "--retries", "0", "x", "y")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"x\ny\n", b"")
-
-
 # Giving up
 
 
@@ -254,34 +277,34 @@ def test_a_request_whose_time_is_over_is_sent_again_until_the_retries_are_used_u
 ) -> None:
     mute, endpoint = open_server(context, zmq.ROUTER)
     long = "x" * 41
-    sender = start("send", "--connect", endpoint, "--timeout", "0.8", "--retries", "2", long, "never sent")
+    sender = start("send", "--connect", endpoint, "--timeout", "0.6", "--retries", "2", long, "never sent")
     assert [mute.recv_multipart()[2] for _ in range(3)] == [long.encode()] * 3
     status, output, (*notices, last) = sender.finish()
-    late = f"no reply from {endpoint} within 0.8 s"
+    late = f"no reply from {endpoint} within 0.6 s"
     assert (status, output) == (3, b"")
     assert notices == [f"zmqmsg: {late}; retrying ({attempt} of 2)" for attempt in (1, 2)]
     found = re.search(rf"no reply to '{'x' * 40}'\.\.\. \(3 attempts, (.*) s\): {late}; .*slow or hung", last)
     assert found
-    assert 2.4 <= float(found[1]) < 3.2
+    assert 1.8 <= float(found[1]) < 2.6
     assert not mute.poll(200)
 
 
 def test_one_clock_runs_for_connecting_and_replying(context: Context, start: Start) -> None:
     mute, endpoint = open_server(context, zmq.REP)
-    delays = iter([1])
+    delays = iter([0.6])
 
     def delay_the_first(data: bytes, target: socket.socket, _upstream: bool) -> None:
         time.sleep(next(delays, 0))
         target.sendall(data)
 
     with relay(endpoint, delay_the_first) as late:
-        sender = start("send", "--connect", late, "--timeout", "2.5", "--retries", "0", "x")
+        sender = start("send", "--connect", late, "--timeout", "1.5", "--retries", "0", "x")
         assert mute.recv() == b"x"
         status, _, notices = sender.finish()
     found = re.search(r"no reply to 'x' \(1 attempt, (.*) s\)", notices[-1])
     assert found
     assert status == 3
-    assert 2.5 <= float(found[1]) < 3.3
+    assert 1.5 <= float(found[1]) < 2.3
 
 
 @pytest.mark.parametrize("sent", [True, False])
@@ -358,63 +381,40 @@ def test_dead_and_frozen_servers_among_living_ones_hold_nobody_up(echo: str, ser
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["from the start", "in the middle"])
-@pytest.mark.parametrize(
-    ("bad", "reason"),
-    [
-        ("unknown key", "refused: the server does not know this key"),
-        ("PUB", "it is a PUB socket"),
-        ("SSH", "it does not speak ZeroMQ"),
-    ],
-    ids=["unknown key", "PUB", "SSH"],
-)
+@pytest.mark.parametrize("bad", ["refused: the server does not know this key", "it is a PUB socket"])
 def test_one_bad_endpoint_among_several_harms_no_good_one(
-    context: Context, serve: Serve, start: Start, tmp_path: Path, bad: str, reason: str, replaced: bool
+    context: Context, serve: Serve, start: Start, tmp_path: Path, bad: str, replaced: bool
 ) -> None:
-    """From the start, or in the place of a good one in the middle of a run."""
-    curve = bad == "unknown key"
+    curve = "key" in bad
     key = ["--key", f"{tmp_path}/server.key_secret"] * curve
     server_key = ["--server-key", f"{tmp_path}/server.key"] * curve
     good_server, good = serve("--quiet", *key)
     former_server, endpoint = serve("--quiet", *key) if replaced else (good_server, free_endpoint())
-    with ExitStack() as stack:
 
-        def bind_bad() -> None:
-            if bad == "PUB":
-                bind(stack.enter_context(context.socket(zmq.PUB)), endpoint)
-            elif bad == "SSH":
-                stack.enter_context(listening(OTHER_PROTOCOLS["SSH"][0], endpoint))
-            else:
-                (tmp_path / "nobody").mkdir()
-                serve("--bind", endpoint, *key, "--client-keys", f"{tmp_path}/nobody")
+    publisher = context.socket(zmq.PUB)
 
-        def is_served_and_told() -> bool:
-            return any(reason in notice for notice in exchange(sender))
+    def bind_bad() -> None:
+        if curve:
+            (tmp_path / "nobody").mkdir()
+            serve("--bind", endpoint, *key, "--client-keys", f"{tmp_path}/nobody")
+        else:
+            bind(publisher, endpoint)
 
-        if not replaced:
-            bind_bad()
-        sender = start("send", "--verbose", *server_key, *connects(endpoint, good))
+    if not replaced:
+        bind_bad()
+    sender = start("send", "--verbose", *server_key, *connects(endpoint, good))
+    exchange(sender)
+    if replaced:
+        until(lambda: f"zmqmsg: connected to {endpoint}" in exchange(sender))
+        former_server.close()
+        bind_bad()
         exchange(sender)
-        if replaced:
-            until(lambda: f"zmqmsg: connected to {endpoint}" in exchange(sender))
-            former_server.close()
-            bind_bad()
-            exchange(sender)
-        replies_before = len(replied(sender))
-        until(is_served_and_told)
-        assert sender.finish()[0] == 0
+    replies_before = len(replied(sender))
+    until(lambda: any(bad in notice for notice in exchange(sender)))
+    assert sender.finish()[0] == 0
     assert set(replied(sender)[replies_before:]) == {good}
-    assert sum(reason in notice for notice in sender.notices) == 1
+    assert sum(bad in notice for notice in sender.notices) == 1
     assert not any("retrying" in notice for notice in sender.notices)
-
-
-def test_send_ends_when_all_its_endpoints_can_never_answer(context: Context, send: Send) -> None:
-    types = [zmq.PUB, zmq.PUSH, zmq.REQ, zmq.PAIR, zmq.PULL, zmq.SUB, zmq.DEALER]
-    peers = [open_server(context, socket_type) for socket_type in types]
-    done = send(*connects(*(endpoint for _, endpoint in peers)), "x")
-    assert (done.returncode, done.stdout) == (1, b"")
-    told = done.stderr.decode().splitlines()[-1]
-    for (_, endpoint), socket_type in zip(peers, types, strict=True):
-        assert f"{endpoint}: it is a {socket_type.name} socket, not a REP or ROUTER" in told
 
 
 # --verbose
@@ -534,17 +534,3 @@ def test_there_may_be_more_endpoints_than_libzmq_has_sockets(echo: str, send: Se
     nobody = connects(*(f"tcp://127.0.0.1:{port}" for port in range(1, 400)))
     done = send(*nobody, "--connect", echo, "hi")
     assert (done.returncode, done.stdout) == (0, b"hi\n")
-
-
-def test_a_hung_server_in_the_place_of_an_old_one_gets_nothing(start: Start) -> None:
-    def stay_mute(connection: socket.socket) -> None:
-        while connection.recv(4096):
-            pass
-
-    with listening(echo_as_zmtp_2) as endpoint:
-        sender = start("send", "--connect", endpoint, "--timeout", "3", "--retries", "0")
-        exchange(sender)
-    with listening(stay_mute, endpoint):
-        sender.send_line(b"two")
-        status, _, notices = sender.finish()
-    assert (status, "no server at" in notices[-1]) == (1, True)

@@ -48,11 +48,6 @@ def say_and_hang_up(words: bytes, connection: socket.socket) -> None:
     connection.sendall(words)
 
 
-def shake_hands(socket_type: bytes, connection: socket.socket) -> None:
-    """Greet as a socket of ``socket_type`` of ZMTP 3, and then say nothing."""
-    say(greeting() + ready(socket_type), connection)
-
-
 def echo_as_zmtp_2(connection: socket.socket) -> None:
     """Echo as a REP socket of ZMTP 2 does: small frames of flags, length, body. Hang up at poison."""
     with connection.makefile("rb") as stream:
@@ -84,11 +79,11 @@ def echo_as_zmtp_1(connection: socket.socket) -> None:
 
 HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 15\r\n\r\n400 Bad Request"
 
-OTHER_PROTOCOLS: dict[str, tuple[Talk, str]] = {
-    "SSH": (partial(say, b"SSH-2.0-OpenSSH_9.6\r\n"), r"SSH-2.0-OpenSSH_9.6\r\n"),  # libzmq takes it for ZMTP 1
-    "SMTP": (partial(say, b"220 mail.example.org ESMTP\r\n"), r"220 mail.example.org ESMTP\r\n"),
-    "HTTP": (partial(say_and_hang_up, HTTP), r"HTTP/1.1 400 Bad Request\r\n"),
-    "Telnet": (partial(say, b"\xff\xfd\x18\xff\xfd\x20\xff\xfd\x23\xff\xfd\x27"), r"\xff\xfd\x18"),
-    "MySQL": (partial(say, b"\x0a\0\0\0\x0a8.0.36\0\x08\0\0\0"), "8.0.36"),
-}
-"""Listeners that do not speak ZeroMQ, and a part of what they are told to say."""
+OTHER_PROTOCOLS: list[tuple[Talk, str]] = [
+    (partial(say, b"SSH-2.0-OpenSSH_9.6\r\n"), r"SSH-2.0-OpenSSH_9.6\r\n"),  # libzmq takes it for ZMTP 1
+    (partial(say, b"220 mail.example.org ESMTP\r\n"), r"220 mail.example.org ESMTP\r\n"),
+    (partial(say_and_hang_up, HTTP), r"HTTP/1.1 400 Bad Request\r\n"),
+    (partial(say, b"\xff\xfd\x18\xff\xfd\x20\xff\xfd\x23\xff\xfd\x27"), r"\xff\xfd\x18"),  # Telnet
+    (partial(say, b"\x0a\0\0\0\x0a8.0.36\0\x08\0\0\0"), r"\n\x00\x00\x00\n8.0.36"),  # MySQL
+]
+"""Listeners that do not speak ZeroMQ, and how they are quoted."""
