@@ -1,0 +1,116 @@
+"""Endpoints: those that are accepted and refused, and the socket files of ipc endpoints."""
+
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import zmq
+from click.testing import CliRunner
+
+from zmqmsg.cli import cli
+
+from conftest import POSIX, WINDOWS, Send, Serve, Start, stop
+
+LONGEST = zmq.IPC_PATH_MAX_LEN
+BIND_AND_CONNECT = pytest.mark.parametrize("option", ["--bind", "--connect"])
+
+
+def usage_error(option: str, endpoint: str) -> str:
+    """Return what is said of ``endpoint``, or of an option that is certainly wrong, if that is accepted."""
+    command = "serve" if option == "--bind" else "send"
+    result = CliRunner().invoke(cli, [command, option, endpoint, "--max-size", "wrong"], prog_name="zmqmsg")
+    assert result.exit_code == 2
+    return result.stderr
+
+
+@BIND_AND_CONNECT
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "tcp://127.0.0.1:5555",
+        "tcp://localhost:1",
+        "tcp://[::1]:65535",
+        "tcp://[fe80::1%br-lan]:5555",
+        "tcp://a-b.example:5555",
+        pytest.param("ipc:///tmp/a.sock", marks=POSIX),
+        pytest.param("ipc://relative path", marks=POSIX),
+        pytest.param("ipc:///" + "x" * (LONGEST - 1), marks=POSIX),
+    ],
+)
+def test_an_endpoint_that_libzmq_understands_is_accepted(option: str, endpoint: str) -> None:
+    assert "'--max-size'" in usage_error(option, endpoint)
+
+
+@pytest.mark.parametrize("endpoint", ["tcp://*:5555", "tcp://127.0.0.1:*", "tcp://eth0:0", "tcp://*:*"])
+def test_wildcards_can_be_bound_but_not_connected_to(endpoint: str) -> None:
+    assert "'--max-size'" in usage_error("--bind", endpoint)
+    assert f"'{endpoint}' has a wildcard" in usage_error("--connect", endpoint)
+
+
+@BIND_AND_CONNECT
+@pytest.mark.parametrize(
+    ("endpoint", "reason"),
+    [
+        ("localhost:5555", "neither tcp"),
+        ("http://localhost:5555", "neither tcp"),
+        ("tcp://localhost", "neither tcp"),
+        ("tcp://:5555", "neither tcp"),
+        ("tcp://::1:5555", "IPv6 in brackets"),
+        ("tcp://[::1]", "neither tcp"),
+        ("tcp://host name:5555", "neither tcp"),
+        ("tcp://127.0.0.1:-1", "neither tcp"),
+        ("tcp://127.0.0.1:5555\n", "cannot be printed"),
+        ("tcp://127.0.0.1:65536", "port above 65535"),
+        ("inproc://here", "within one process"),
+        pytest.param("ipc:///tmp/a.sock", "Unix sockets", marks=WINDOWS),
+        pytest.param("ipc:///tmp/\udcff.sock", "cannot be printed", marks=POSIX),
+        pytest.param("ipc://", "path", marks=POSIX),
+        pytest.param("ipc://*x", "path", marks=POSIX),
+        pytest.param("ipc:///" + "\N{SNOWMAN}" * 36, f"path of 1 to {LONGEST} bytes", marks=POSIX),
+    ],
+)
+def test_any_other_endpoint_is_refused_with_the_reason_and_an_example(option: str, endpoint: str, reason: str) -> None:
+    refusal = usage_error(option, endpoint)
+    assert f"'{endpoint.encode(errors='backslashreplace').decode()}' " in refusal
+    assert reason in refusal
+    example = "ipc:///tmp/" if endpoint.startswith("ipc") and sys.platform != "win32" else "tcp://127.0.0.1:5555"
+    assert f"for example {example}" in refusal
+
+
+@POSIX
+def test_an_ipc_path_is_taken_from_nobody_unless_its_server_has_died(
+    serve: Serve, start: Start, send: Send, tmp_path: Path
+) -> None:
+    """libzmq would unlink whatever is there."""
+    taken = "a server or a file is there already; choose another path"
+    path = tmp_path / "socket"
+    endpoint = f"ipc://{path}"
+    path.write_text("data")
+    assert start("serve", "--bind", endpoint).finish() == (1, b"", [f"zmqmsg: cannot bind {endpoint}: {taken}"])
+    assert path.read_text() == "data"
+    path.unlink()
+    server, _ = serve("--bind", endpoint)
+    assert start("serve", "--bind", endpoint).finish() == (1, b"", [f"zmqmsg: cannot bind {endpoint}: {taken}"])
+    assert send("--connect", endpoint, "still there?").stdout == b"still there?\n"
+    server.signal(signal.SIGKILL)
+    server.wait()
+    assert path.is_socket()
+    server, _ = serve("--bind", endpoint)
+    assert send("--connect", endpoint, "and now?").stdout == b"and now?\n"
+    assert stop(server)[0] == 0
+
+
+@POSIX
+def test_a_socket_file_may_have_the_longest_path_and_is_removed_unless_another_has_taken_its_place(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / ("x" * LONGEST)
+    for replaced in (False, True):
+        server, _ = serve("--bind", f"ipc://{path.name}", cwd=tmp_path)
+        assert path.is_socket()
+        if replaced:
+            (tmp_path / "new").touch()
+            (tmp_path / "new").rename(path)
+        assert stop(server)[0] == 0
+        assert path.is_file() is replaced
