@@ -64,7 +64,7 @@ def test_wildcards_can_be_bound_but_not_connected_to(endpoint: str) -> None:
         ("tcp://127.0.0.1:65536", "port above 65535"),
         ("inproc://here", "within one process"),
         pytest.param("ipc:///tmp/a.sock", "Unix sockets", marks=WINDOWS),
-        pytest.param("ipc:///tmp/\udcff.sock", "cannot be printed", marks=POSIX),
+        ("tcp://\udcff:5555", "cannot be printed"),
         pytest.param("ipc://", "path", marks=POSIX),
         pytest.param("ipc://*x", "path", marks=POSIX),
         pytest.param("ipc:///" + "\N{SNOWMAN}" * 36, f"path of 1 to {LONGEST} bytes", marks=POSIX),
