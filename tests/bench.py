@@ -37,6 +37,8 @@ ROUNDS = 5
 MESSAGES = 8000
 STREAM = 1_000_000 if "--full" in sys.argv else 100_000
 LARGE = 64 << 20
+STEADY = 1.4
+"""The greatest of the other side's figures over the least, from which on the machine is too loaded for a judgement."""
 
 _folder = TemporaryDirectory(prefix="zmqmsg-bench-")
 FOLDER = Path(_folder.name)
@@ -122,7 +124,8 @@ class Result(NamedTuple):
         bound = float(self.limit.split()[1]) if self.limit else 0
         missed = bool(self.limit) and (figure > bound if self.limit.startswith("<=") else figure < bound)
         shown = f"{ratio:.2f}" if self.theirs else ""
-        limit = self.limit + " missed" * missed
+        loaded = bool(self.theirs) and max(self.theirs) > STEADY * min(self.theirs)
+        limit = self.limit + (" not judged: loaded machine" if loaded else " missed") * missed
         return self.unit, describe(self.ours), self.against, describe(self.theirs), shown, limit
 
 

@@ -44,8 +44,7 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("send -t nan", ["'--timeout'", "'nan'"]),
         ("send -t soon", ["'--timeout'", "'soon'"]),
         ("send -r -1", ["'--retries'", "-1 is not", "x>=0"]),
-        ("send -f /missing", ["'--file'", "'/missing'", "does not exist"]),
-        ("send -f /", ["'--file'", "'/'", "is a directory"]),
+        ("send --multipart", ["--multipart needs at least one message"]),
         ("send --multi", ["'--multi'", "'--multipart'"]),
         ("send -1", ["'-1'", "zmqmsg send --help"]),
         ("serve --conut 1", ["'--conut'", "'--count'"]),
@@ -111,16 +110,15 @@ def test_the_module_and_the_script_are_the_same(command: list[str]) -> None:
 
 
 @POSIX
-@pytest.mark.parametrize("limit", range(12, 34, 2))
 @pytest.mark.parametrize("arguments", ["send -t 0.1 -c tcp://localhost:1 x", "send -t 0.1 -c ipc:///none x", "serve"])
-def test_too_few_descriptors_are_told_in_one_line(arguments: str, limit: int) -> None:
-    command = f'ulimit -n {limit}; exec "$@"'
+def test_too_few_descriptors_are_told_in_one_line(arguments: str) -> None:
     server = ["--bind", "tcp://127.0.0.1:*", "--client-keys", "/none", "--key", "/dev/null"] * ("serve" in arguments)
-    given = ["sh", "-c", command, "sh", *COMMAND, *arguments.split(), *server]
-    done = subprocess.run(given, capture_output=True, timeout=LIMIT)
-    assert done.returncode in (1, 2)
-    assert done.stderr.startswith(b"zmqmsg: ")
-    assert done.stderr.count(b"\n") == 1
+    for limit in range(12, 34, 3):
+        given = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *COMMAND, *arguments.split(), *server]
+        done = subprocess.run(given, capture_output=True, timeout=LIMIT)
+        assert done.returncode in (1, 2), limit
+        assert done.stderr.startswith(b"zmqmsg: "), limit
+        assert done.stderr.count(b"\n") == 1, limit
 
 
 # The environment

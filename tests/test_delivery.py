@@ -154,17 +154,17 @@ def test_a_sender_that_idles_while_its_server_is_replaced_goes_on_at_once(
 
 def test_a_stream_whose_server_is_away_for_two_timeouts_goes_on(serve: Serve, start: Start) -> None:
     server, endpoint = serve("--quiet")
-    sender = start("send", "--connect", endpoint, "--timeout", "1", "--retries", "10")
+    sender = start("send", "--connect", endpoint, "--timeout", "0.7", "--retries", "10")
     sender.send_line(b"before")
     assert sender.read_line() == b"before"
     server.close()
     sender.send_line(b"after")
-    sender.wait_for_notice(rf"no server at {endpoint} within 1 s: .*; retrying \(2 of 10\)")
+    sender.wait_for_notice(rf"no server at {endpoint} within 0.7 s: .*; retrying \(2 of 10\)")
     serve("--quiet", "--bind", endpoint)
     assert sender.finish()[:2] == (0, b"after\n")
 
 
-@pytest.mark.parametrize("count", [8, pytest.param(100, marks=soak)])
+@pytest.mark.parametrize("count", [5, pytest.param(100, marks=soak)])
 def test_no_reply_is_lost_to_a_server_that_replies_and_closes_at_once(
     context: Context, start: Start, count: int
 ) -> None:
@@ -203,7 +203,7 @@ def test_a_late_reply_of_an_earlier_attempt_is_no_reply_to_a_later_request(conte
 
 @POSIX
 @pytest.mark.parametrize("seconds", [0, pytest.param(15, marks=soak)])
-def test_a_server_that_is_frozen_from_the_start_gets_nothing_and_serves_once_when_it_thaws(
+def test_a_server_that_is_frozen_before_or_after_a_request_serves_it_once_when_it_thaws(
     serve: Serve, start: Start, seconds: float
 ) -> None:
     """The kernel accepts connections for it."""
@@ -213,25 +213,18 @@ def test_a_server_that_is_frozen_from_the_start_gets_nothing_and_serves_once_whe
     status, _, notices = hasty.finish()
     assert (status, len(notices)) == (1, 1)
     assert "connected, but no ZeroMQ greeting yet" in notices[0]
-    patient = start("send", "--connect", endpoint, "--retries", "0", "x")
+    patient = start("send", "--connect", endpoint, "--retries", "0")
+    patient.send_line(b"x")
     patient.wait_for_notice("connected, but no ZeroMQ greeting yet")
     time.sleep(seconds)
     server.signal(signal.SIGCONT)
-    assert patient.finish()[:2] == (0, b"x\n")
-    assert count_served(server) == 1
-
-
-@POSIX
-def test_a_server_that_freezes_with_a_request_in_hand_is_waited_for(serve: Serve, start: Start) -> None:
-    server, endpoint = serve()
-    sender = start("send", "--connect", endpoint)
-    sender.send_line(b"before")
-    assert sender.read_line() == b"before"
+    assert patient.read_line() == b"x"
     server.signal(signal.SIGSTOP)
-    sender.send_line(b"meanwhile")
-    sender.wait_for_notice(f"waiting for a reply from {endpoint}")
+    patient.send_line(b"meanwhile")
+    patient.wait_for_notice(f"waiting for a reply from {endpoint}")
     server.signal(signal.SIGCONT)
-    assert sender.finish() == (0, b"meanwhile\n", [f"zmqmsg: waiting for a reply from {endpoint}"])
+    status, output, notices = patient.finish()
+    assert (status, output, notices[-1]) == (0, b"meanwhile\n", f"zmqmsg: waiting for a reply from {endpoint}")
     assert count_served(server) == 2
 
 
@@ -328,12 +321,11 @@ def test_one_flipped_bit_in_an_encrypted_reply_is_a_lost_connection(
     assert count_served(server) == retries + 1
 
 
-@pytest.mark.parametrize("megabytes", [1, pytest.param(20, marks=soak)])
+@pytest.mark.parametrize(("megabytes", "rate"), [(1, 2_000_000), pytest.param(20, 1_000_000, marks=soak)])
 def test_a_large_message_gets_there_and_back_over_a_slow_link(
-    echo: str, send: Send, tmp_path: Path, megabytes: int
+    echo: str, send: Send, tmp_path: Path, megabytes: int, rate: int
 ) -> None:
     """ZMTP heartbeats would cut it off: only a whole message is a sign of life."""
-    rate = 1_000_000
 
     def forward(data: bytes, target: socket.socket, _upstream: bool) -> None:
         target.settimeout(None)  # the other direction rests for longer than the limit of the relay
@@ -345,7 +337,7 @@ def test_a_large_message_gets_there_and_back_over_a_slow_link(
     started = time.monotonic()
     with relay(echo, forward, chunk=rate // 100) as slow:
         done = send("--connect", slow, "--retries", "0", "--file", str(message), timeout=LIMIT + 4 * megabytes)
-    assert time.monotonic() - started > 2 * megabytes
+    assert time.monotonic() - started > 2_000_000 * megabytes / rate
     assert (done.returncode, done.stdout) == (0, message.read_bytes() + b"\n")
 
 

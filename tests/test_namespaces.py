@@ -76,7 +76,7 @@ def test_process_1_serves_until_the_first_signal_and_ends_at_the_second(
     ],
     ids=["exec", "filter"],
 )
-def test_process_1_reaps_what_its_commands_have_left_running(
+def test_process_1_reaps_what_its_commands_have_left_running_and_stops_in_order(
     inside: Callable[..., Process], send: Send, tmp_path: Path, command: list[str]
 ) -> None:
     endpoint = f"ipc://{tmp_path}/socket"
@@ -87,11 +87,6 @@ def test_process_1_reaps_what_its_commands_have_left_running(
     assert send("--connect", endpoint, "d").stdout == b"d\n"
     children = Path(f"/proc/{process_1(server)}/task/{process_1(server)}/children")
     until(lambda: len(children.read_text().split()) <= 1)
-
-
-def test_an_idle_process_1_stops_in_order(inside: Callable[..., Process], tmp_path: Path) -> None:
-    server = inside(AS_PROCESS_1, "serve", "--bind", f"ipc://{tmp_path}/socket")
-    server.wait_for_notice("listening")
     os.kill(process_1(server), signal.SIGTERM)
     assert server.wait() == 0
     assert not (tmp_path / "socket").exists()
@@ -157,20 +152,13 @@ def test_a_network_that_goes_nowhere_is_told_in_the_words_of_the_system(
     assert sender.wait_for_notice("zmqmsg: (.*)")[1] == f"waiting for tcp://192.0.2.1:5555: {reason}"
 
 
-@pytest.mark.parametrize("bound", ["[fd00::1]", "six.example"])
-def test_a_name_with_an_ipv6_address_alone_needs_no_brackets(inside: Callable[..., Process], bound: str) -> None:
-    script = """exec unshare -nm sh -c 'ip link set lo up; ip addr add fd00::1/64 dev lo nodad
-    echo fd00::1 six.example > hosts; mount --bind hosts /etc/hosts
-    "$1" -m zmqmsg serve --bind tcp://BOUND:5555 --count 1 & exec "$@"' sh "$@" """
-    sender = inside(script.replace("BOUND", bound), "send", "--connect", "tcp://six.example:5555", "x")
-    assert b"x\n" in sender.finish()[1]
-    assert sender.popen.returncode == 0
-
-
-def test_each_address_of_a_name_is_tried(inside: Callable[..., Process]) -> None:
-    script = """exec unshare -nm sh -c 'ip link set lo up
-    printf "127.0.0.%s three.example\\n" 1 2 3 > hosts; mount --bind hosts /etc/hosts
-    "$1" -m zmqmsg serve --bind tcp://127.0.0.3:5555 --count 1 & exec "$@"' sh "$@" """
-    sender = inside(script, "send", "--connect", "tcp://three.example:5555", "x")
+@pytest.mark.parametrize("bound", ["[fd00::1]", "six.example", "127.0.0.3"])
+def test_each_address_of_a_name_is_tried_and_ipv6_needs_no_brackets(inside: Callable[..., Process], bound: str) -> None:
+    name = "three.example" if bound == "127.0.0.3" else "six.example"
+    script = f"""exec unshare -nm sh -c 'ip link set lo up; ip addr add fd00::1/64 dev lo nodad
+    printf "%s\\n" "fd00::1 six.example" "127.0.0.1 three.example" "127.0.0.3 three.example" > hosts
+    mount --bind hosts /etc/hosts
+    "$1" -m zmqmsg serve --bind tcp://{bound}:5555 --count 1 & exec "$@"' sh "$@" """
+    sender = inside(script, "send", "--connect", f"tcp://{name}:5555", "x")
     assert b"x\n" in sender.finish()[1]
     assert sender.popen.returncode == 0

@@ -141,6 +141,22 @@ def test_where_nobody_listens_the_system_says_why(start: Start, tmp_path: Path) 
         sender.wait_for_notice(re.escape(f"waiting for {endpoint}: {reason}"))
 
 
+CONNECT_TO_ITSELF = """
+import socket
+connect = socket.socket.connect
+socket.socket.connect = lambda self, address: (self.bind(address), connect(self, address))
+"""
+
+
+def test_a_socket_that_is_connected_to_itself_counts_as_refused(start: Start, tmp_path: Path) -> None:
+    """TCP can connect to a free port from that very port."""
+    (tmp_path / "sitecustomize.py").write_text(CONNECT_TO_ITSELF)
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    endpoint = free_endpoint()
+    sender = start("send", "--connect", endpoint, "x", env=os.environ | {"PYTHONPATH": path})
+    assert first_notice(sender) == f"waiting for {endpoint}: connection refused"
+
+
 NO_CURVE = "it does not use CURVE: is it the right server?"
 TOO_OLD = "which is too old for CURVE"
 LONG_READY = b"\6" + (300).to_bytes(8) + b"\5READY\x0bSocket-Type\0\0\0\3SUB" + bytes(275)
