@@ -1,8 +1,12 @@
 """Delivery through a network that damages connections: nothing is lost, and nothing is served twice unasked."""
 
+import os
 import random
+import re
 import socket
 import struct
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -126,3 +130,38 @@ def test_without_retries_nothing_is_served_twice_and_the_exit_status_says_what_w
     assert set(replied) <= set(served)
     assert not set(unserved) & set(served)
     assert unknown
+
+
+@soak
+@pytest.mark.parametrize("options", [[], ["--timeout", "20", "--retries", "0"]], ids=["", "timeout"])
+def test_a_slow_link_is_waited_for_and_nothing_false_is_said(
+    serve: Serve, send: Send, keys: tuple[list[str], list[str]], options: list[str]
+) -> None:
+    round_trip = 1.5 if keys[0] else 3
+
+    def forward(data: bytes, target: socket.socket, _upstream: bool) -> None:
+        time.sleep(round_trip / 2)
+        target.sendall(data)
+
+    _, endpoint = serve(*keys[0])
+    with relay(endpoint, forward) as slow:
+        done = send("--connect", slow, *keys[1], *options, "x", timeout=60)
+    assert (done.returncode, done.stdout) == (0, b"x\n")
+    told = "connected, but no ZeroMQ greeting yet|the ZeroMQ handshake is not finished yet|connected to|for a reply"
+    assert not [line for line in done.stderr.decode().splitlines() if not re.search(told, line)]
+
+
+@soak
+def test_a_healthy_server_on_a_busy_machine_is_never_suspected(
+    serve: Serve, send: Send, keys: tuple[list[str], list[str]]
+) -> None:
+    _, endpoint = serve("--quiet", *keys[0])
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    try:
+        for _ in range(200):
+            done = send("--connect", endpoint, *keys[1], "--timeout", "1", "x")
+            assert (done.returncode, done.stdout, done.stderr) == (0, b"x\n", b"")
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()

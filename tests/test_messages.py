@@ -64,21 +64,6 @@ def test_any_messages_of_standard_input_come_back(serve: Serve, send: Send, end:
 
 
 @POSIX
-def test_any_arguments_come_back(serve: Serve, send: Send) -> None:
-    server, endpoint = serve()
-
-    @few
-    @given(messages_without(b"\0"))
-    @example([b"", b"-", b"--", b"--help", b"-x", b"\xff\xfe", "\N{SNOWMAN}".encode(), b"\n", b"\xed\xb2\x80"])
-    def check(messages: list[bytes]) -> None:
-        done = send("--connect", endpoint, "--", *messages)
-        assert (done.returncode, done.stdout, done.stderr) == (0, ended(messages), b"")
-        assert read(server, len(done.stdout)) == done.stdout
-
-    check()
-
-
-@POSIX
 def test_any_frames_come_from_anywhere_and_are_one_request(context: Context, send: Send, tmp_path: Path) -> None:
     server, endpoint = open_server(context, zmq.REP)
     path = tmp_path / "content"
@@ -90,6 +75,9 @@ def test_any_frames_come_from_anywhere_and_are_one_request(context: Context, sen
 
     @few
     @given(messages_without(b"\0"), st.binary(max_size=100), st.binary(max_size=100))
+    @example(
+        [b"", b"-", b"--", b"--help", b"-x", b"\xff\xfe", "\N{SNOWMAN}".encode(), b"\n", b"\xed\xb2\x80"], b"", b""
+    )
     @example([b"", b""], bytes(range(256)) * 300, b"\n\0\r" + bytes(300_000))
     def check(arguments: list[bytes], content: bytes, piped: bytes) -> None:
         path.write_bytes(content)
@@ -150,14 +138,6 @@ def test_a_file_that_fails_while_it_is_read_is_named_with_the_reason(echo: str, 
     done = send("--connect", echo, "--file", "/proc/self/mem")
     assert (done.returncode, done.stdout) == (1, b"")
     assert done.stderr == b"zmqmsg: cannot read /proc/self/mem: Input/output error\n"
-
-
-@POSIX
-def test_a_fifo_is_read_to_its_end(echo: str, start: Start, tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "fifo")
-    client = start("send", "--connect", echo, "--file", f"{tmp_path}/fifo")
-    (tmp_path / "fifo").write_bytes(b"one\ntwo\n")
-    assert client.finish()[:2] == (0, b"one\ntwo\n\n")
 
 
 def test_a_non_blocking_input_that_another_reads_too_is_read_to_its_end(echo: str, start: Start) -> None:
