@@ -48,15 +48,16 @@ def is_local(endpoint: str) -> bool:
 
 
 def _is_taken(path: str) -> bool:
-    """Return whether there is more than a stale socket at ``path``: libzmq would unlink whatever it is."""
+    """Return whether there is more than a stale socket at ``path``, which libzmq would unlink; raise OSError."""
     import socket  # 3 ms, for servers on ipc paths alone
 
-    with suppress(OSError), socket.socket(unix_family()) as probe:
+    if not os.path.lexists(path):
+        return False
+    with socket.socket(unix_family()) as probe:
         is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
         probe.setblocking(False)
         # Only where nobody listens is it refused; a busy server answers EAGAIN.
         return not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED
-    return False
 
 
 ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
