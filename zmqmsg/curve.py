@@ -135,7 +135,7 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
     public, secret = halves.get(b"public", b""), halves.get(b"secret", b"")
     try:
         valid = all(len(z85.decode(half)) == 32 for half in halves.values())
-    except (ValueError, KeyError, struct.error):  # from pyzmq
+    except (ValueError, LookupError, struct.error):  # from pyzmq
         valid = False
     if not valid:
         raise click.UsageError(f"{path} is not a CURVE key file: {EXAMPLE}")
@@ -192,6 +192,7 @@ class ClientKeys:
         if not os.path.exists(path):
             raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
         self._path = path
+        self._is_directory = os.path.isdir(path)  # one that goes is an error, a file that goes lets nobody in
         self._files: dict[str, tuple[Fingerprint, bytes]] = {}  # a key is empty if its file is none
         self._paths: dict[bytes, str] = {}  # of the files of the keys
         self._watched: dict[str, Fingerprint] = {}  # what is looked at for an unknown key before a scan
@@ -237,12 +238,11 @@ class ClientKeys:
         self._next_scan = now + SCAN_SHARE * (now - started)
 
     def _list(self) -> list[str]:
-        if os.path.isfile(self._path):
+        if not self._is_directory:
             return [self._path]
-        with suppress(FileNotFoundError), os.scandir(self._path) as entries:
+        with os.scandir(self._path) as entries:
             # Names that begin with a dot are those of drafts, and of the links by which secrets are mounted.
             return [entry.path for entry in entries if not entry.name.startswith(".")]
-        return []
 
     def _read(self, path: str) -> tuple[Fingerprint, bytes]:
         """Return the fingerprint of a file and the key in it; raise OSError if that cannot be known just now."""

@@ -11,8 +11,8 @@ from typing import cast
 
 import zmq
 
-from zmqmsg.console import ClientNotices, Failure, notify
-from zmqmsg.sockets import Socket, bind, new_socket
+from zmqmsg.console import CLIENT_LIMIT, ClientNotices, Failure, notify
+from zmqmsg.sockets import Socket, bind, open_monitor
 from zmqmsg.system import start_thread, unix_family
 
 HUNG_UP = (
@@ -80,14 +80,10 @@ def watch_handshakes(socket: Socket) -> None:
     ``socket`` is not bound yet. A thread reads its monitor, even while the server waits for a command: one that nobody
     reads stops the server.
     """
-    address = "inproc://zmqmsg.listener"
     handshake = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     failure = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    socket.monitor(address, zmq.EVENT_ACCEPTED | handshake | failure | zmq.EVENT_DISCONNECTED)
-    monitor = new_socket(socket.context, zmq.PAIR)
-    monitor.rcvhwm = 0  # before it connects
-    monitor.linger = 0
-    monitor.connect(address)
+    events = zmq.EVENT_ACCEPTED | handshake | failure | zmq.EVENT_DISCONNECTED
+    monitor = open_monitor(socket, "inproc://zmqmsg.listener", events)
     start_thread(lambda: _report_handshakes(monitor))
 
 
@@ -118,7 +114,7 @@ def _report_handshakes(monitor: Socket) -> None:
                 if reason and not (reason is HUNG_UP and address in explained):
                     notices.report(f"a client from {address} did not get through: {reason}")
                 if reason and reason is not HUNG_UP:
-                    explained.add(address)
+                    explained = {*list(explained)[-CLIENT_LIMIT:], address}
                 reason = ""
 
 
