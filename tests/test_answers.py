@@ -2,40 +2,28 @@
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from zmqmsg.answers import Answer, Command
+from zmqmsg.answers import Command
 from zmqmsg.attendant import Attendant
 from zmqmsg.console import Form
 from zmqmsg.sockets import Context
 
 from conftest import PLAIN, POSIX, QUOTED, answering, ask
 
-Run = Callable[..., list[list[bytes]]]
 
-
-@pytest.fixture
-def reply(context: Context) -> Run:
-    """Let ``answer`` reply to ``requests``, each a list of frames, and return the replies."""
-
-    def reply(answer: Answer, *requests: list[bytes]) -> list[list[bytes]]:
-        with answering(context, answer, len(requests)) as endpoint:
-            return [ask(context, endpoint, *request) for request in requests]
-
-    return reply
-
-
-def command(text: str, form: Form = PLAIN) -> Command:
-    return Command(text, form, Attendant(), 1 << 26)
+def reply(context: Context, text: str, *requests: list[bytes], form: Form = PLAIN) -> list[list[bytes]]:
+    """Let a command reply to ``requests``, each a list of frames, and return the replies."""
+    with answering(context, Command(text, form, Attendant(), 1 << 26), len(requests)) as endpoint:
+        return [ask(context, endpoint, *request) for request in requests]
 
 
 @POSIX
-def test_a_command_that_is_cat_is_the_echo(reply: Run) -> None:
+def test_a_command_that_is_cat_is_the_echo(context: Context) -> None:
     requests = [[body] for body in (b"", b"\n", b"\0", b"no newline", b"two\n\n", bytes(range(256)))]
-    assert reply(command("cat"), *requests) == requests
+    assert reply(context, "cat", *requests) == requests
 
 
 LARGE = os.urandom(3_000_000)
@@ -54,9 +42,9 @@ LARGE = os.urandom(3_000_000)
     ids=["64 MiB", "reads nothing", "prints much before it reads", "closes its input", "takes more than a second"],
 )
 def test_a_command_may_read_and_print_as_it_likes(
-    reply: Run, capfd: pytest.CaptureFixture[str], text: str, body: bytes, printed: bytes | None
+    context: Context, capfd: pytest.CaptureFixture[str], text: str, body: bytes, printed: bytes | None
 ) -> None:
-    assert reply(command(text), [body]) == [[body if printed is None else printed]]
+    assert reply(context, text, [body]) == [[body if printed is None else printed]]
     assert capfd.readouterr().err == ""
 
 
@@ -71,20 +59,20 @@ def test_a_command_may_read_and_print_as_it_likes(
     ],
 )
 def test_what_a_command_that_fails_has_printed_is_the_reply(
-    reply: Run, capfd: pytest.CaptureFixture[str], text: str, printed: bytes, notice: str
+    context: Context, capfd: pytest.CaptureFixture[str], text: str, printed: bytes, notice: str
 ) -> None:
-    assert reply(command(text), [b"x"], [b"x"]) == [[printed]] * 2
+    assert reply(context, text, [b"x"], [b"x"]) == [[printed]] * 2
     notices = capfd.readouterr().err
     assert notices.count(f"zmqmsg: {notice}\n") == 2
     assert ("not found" in notices) is (text == "no-such-command"), "the shell's own word"
 
 
 @POSIX
-def test_no_request_injects_anything(reply: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_injects_anything(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     attempts = [b"'; %b; '", b'"; %b; "', b"$(%b)", b"`%b`", b"\n%b\n", b"; %b #", b"& %b &", b"| %b", b"x=%b\0%b"]
     bodies = [attempt.replace(b"%b", b"touch injected") for attempt in attempts]
-    replies = reply(command('cat; echo "$0 $# $*"; env'), *([body] for body in bodies))
+    replies = reply(context, 'cat; echo "$0 $# $*"; env', *([body] for body in bodies))
     for body, (printed,) in zip(bodies, replies, strict=True):
         assert printed.startswith(body)
         assert b"PATH=" in printed
@@ -94,7 +82,7 @@ def test_no_request_injects_anything(reply: Run, tmp_path: Path, monkeypatch: py
 
 @POSIX
 @pytest.mark.parametrize(
-    ("text", "frames", "printed", "notice"),
+    ("text", "sent", "printed", "notice"),
     [
         ("cat", [b"a\tb", b"", b"\n\\\xff"], [b"a\tb", b"", b"\n\\\xff"], ""),
         ("cut -f2", [b"one", b"two", b"three"], [b"two"], ""),
@@ -106,8 +94,8 @@ def test_no_request_injects_anything(reply: Run, tmp_path: Path, monkeypatch: py
     ],
 )
 def test_with_quoted_a_command_reads_one_line_and_prints_one(
-    reply: Run, capfd: pytest.CaptureFixture[str], text: str, frames: list[bytes], printed: list[bytes], notice: str
+    context: Context, capfd: pytest.CaptureFixture[str], text: str, sent: list[bytes], printed: list[bytes], notice: str
 ) -> None:
-    assert reply(command(text, QUOTED), frames) == [printed]
+    assert reply(context, text, sent, form=QUOTED) == [printed]
     notices = capfd.readouterr().err
     assert re.search(f"not print a quoted line.*{notice}", notices) if notice else notices == ""

@@ -173,10 +173,8 @@ def honest(start: Start, endpoint: str, *options: str) -> Iterator[None]:
     patient = ["send", "-c", endpoint, "-t", "2", "-r", "10", *options]
 
     def numbers() -> Iterator[bytes]:
-        for number in itertools.count():
-            if number >= 3 and over.is_set():
-                return
-            yield b"%d" % number
+        numbers = itertools.takewhile(lambda number: number < 3 or not over.is_set(), itertools.count())
+        return (b"%d" % number for number in numbers)
 
     def ask_on() -> None:
         client = start(*patient)

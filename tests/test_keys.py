@@ -618,10 +618,15 @@ def test_a_malformed_zap_request_lets_nobody_in(keys: Keys) -> None:
 # Workers
 
 
-def curve_server(key: KeyPair) -> Callable[[Socket], None]:
+def curve_server(key: KeyPair, workers: Path | None = None) -> Callable[[Socket], None]:
+    """Return what lets a broker use ``key``, and know the public keys of its ``workers``."""
+
     def secure(bound: Socket) -> None:
         bound.curve_server = True
         bound.curve_secretkey = key.secret
+        if workers and bound.type == zmq.DEALER:
+            start_zap_handler(bound.context, ClientKeys(str(workers)))
+            bound.zap_domain = b"workers"
 
     return secure
 
@@ -640,14 +645,7 @@ def test_one_server_with_a_key_from_a_pipe_has_clients_of_its_own_and_those_of_a
     """As of ``--key <(pass show server)``, which can be read once only."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo, 0o600)
-
-    def secure(bound: Socket) -> None:
-        curve_server(keys.stranger.key)(bound)
-        if bound.type == zmq.DEALER:
-            start_zap_handler(bound.context, ClientKeys(str(keys.server.public)))
-            bound.zap_domain = b"workers"
-
-    with broker(secure=secure) as (front, back):
+    with broker(secure=curve_server(keys.stranger.key, keys.server.public)) as (front, back):
         connect = ["serve", "--connect", back, *of_server(keys.stranger)]
         status, _, notices = start(*connect).finish()
         assert (status, notices) == (1, [f"zmqmsg: {back}: it refused: the server does not know this key"])
