@@ -35,8 +35,6 @@ DESCRIPTORS = 3
 """File descriptors that a server may have more when a flood is over."""
 
 HUGE = struct.pack(">Q", 1 << 62)
-
-
 HELLO = greeting() + ready(b"DEALER")
 
 # What one connection says, by a generator of random numbers.
