@@ -66,7 +66,7 @@ def test_what_takes_longer_than_five_seconds_is_left_and_told_of(context: Contex
     started = time.monotonic()
     status, _, notices = stop(server)
     assert (status, 4 < time.monotonic() - started < 8) == (0, True)
-    assert any("still wait are not answered" in notice for notice in notices)
+    assert any("still wait are not answered" in notice for notice in notices), notices
 
 
 @LINUX
