@@ -1,6 +1,7 @@
 """Endpoints: those that are accepted and refused, and the socket files of ipc endpoints."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 
 from zmqmsg.cli import cli
 
-from conftest import POSIX, WINDOWS, Send, Serve, Start, stop
+from conftest import COMMAND, LIMIT, POSIX, WINDOWS, Send, Serve, Start, stop
 
 LONGEST = zmq.IPC_PATH_MAX_LEN
 BIND_AND_CONNECT = pytest.mark.parametrize("option", ["--bind", "--connect"])
@@ -99,6 +100,16 @@ def test_an_ipc_path_is_taken_from_nobody_unless_its_server_has_died(
     server, _ = serve("--bind", endpoint)
     assert send("--connect", endpoint, "and now?").stdout == b"and now?\n"
     assert stop(server)[0] == 0
+
+
+@POSIX
+def test_without_descriptors_nothing_is_taken_either(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("data")
+    for limit in range(12, 30, 3):
+        given = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *COMMAND, "serve", "--bind", f"ipc://{path}"]
+        done = subprocess.run(given, capture_output=True, timeout=LIMIT)
+        assert (done.returncode, path.read_text()) == (1, "data")
 
 
 @POSIX

@@ -467,6 +467,20 @@ def find(known: ClientKeys, public: bytes) -> str | None:
     return None
 
 
+def test_clients_whose_keys_cannot_be_read_just_now_are_let_in_when_they_can(
+    keys: Keys, clients: Path, guarded: Serve, start: Start
+) -> None:
+    shutil.copy(keys.alice.public, clients)
+    server, endpoint = guarded()
+    elsewhere = clients.rename(clients.with_name("elsewhere"))
+    client = start("send", "--connect", endpoint, *as_client(keys.alice, keys.server), "x")
+    server.wait_for_notice("cannot read the client keys: ")
+    client.wait_for_notice("check --server-key, or the server cannot check clients just now")
+    elsewhere.rename(clients)
+    assert client.finish()[:2] == (0, b"x\n")
+    server.wait_for_notice("the client keys can be read again")
+
+
 @POSIX
 def test_without_descriptors_nobody_is_let_in_who_was_known_before(keys: Keys, clients: Path) -> None:
     """What cannot be known just now is no reason to let somebody in, nor to refuse somebody for good."""

@@ -11,7 +11,7 @@ import zmq
 
 from zmqmsg.sockets import Context, Socket
 
-from conftest import LIMIT, LINUX, POSIX, Serve, Start, ask, broker, memory, open_server, stop
+from conftest import LIMIT, LINUX, POSIX, Send, Serve, Start, ask, broker, memory, open_server, stop
 
 
 def slow_echo(seconds: float) -> str:
@@ -89,10 +89,14 @@ def test_a_command_that_prints_without_end_is_stopped(
     assert client.finish()[0] in (1, 3)
 
 
-def test_a_reply_of_just_the_size_that_is_allowed_is_sent(context: Context, serve: Serve) -> None:
-    command = f'"{sys.executable}" -c "print(1000 * chr(120), end=str())"'
-    _, endpoint = serve("--exec", command, "--max-size", "1000")
-    assert ask(context, endpoint, b"x") == [b"x" * 1000]
+@pytest.mark.parametrize(("option", "end"), [("--exec", ""), ("--filter", "chr(10)")])
+def test_a_reply_may_have_just_the_size_that_is_allowed(serve: Serve, send: Send, option: str, end: str) -> None:
+    for size in 1000, 1001:
+        program = f"input(); print({size} * chr(120), end={end or 'str()'}, flush=True); input()"
+        server, endpoint = serve(option, f'"{sys.executable}" -c "{program}"', "--max-size", "1000")
+        done = send("--connect", endpoint, "--retries", "0", "x\n")
+        assert (done.returncode, len(done.stdout)) == ((0, 1001) if size == 1000 else (3, 0))
+    assert "printed more than --max-size" in server.finish()[2][-1]
 
 
 def test_an_output_that_is_closed_stops_it_after_the_reply(context: Context, serve: Serve) -> None:

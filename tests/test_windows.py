@@ -106,3 +106,25 @@ def test_a_key_that_is_overwritten_in_place_is_not_in_force_any_more(serve: Serv
 def test_latencies_are_more_than_nothing(echo: str, send: Send) -> None:
     notices = send("--verbose", "--connect", echo, "x").stderr.decode()
     assert "byte, 0.00 ms" not in notices
+
+
+def test_a_reply_that_ctrl_break_has_cut_off_is_not_sent(serve: Serve, start: Start, tmp_path: Path) -> None:
+    """Ctrl-Break ends all that runs in the console, our commands as well."""
+    script, flag = tmp_path / "script.py", tmp_path / "flag"
+    script.write_text(
+        "import os, sys, time\n"
+        "print('half', flush=True)\n"
+        "print('begun', file=sys.stderr, flush=True)\n"
+        f"while not os.path.exists({str(flag)!r}):\n"
+        "    time.sleep(0.01)\n"
+        "os._exit(0xC000013A)\n"
+    )
+    server, endpoint = serve("--exec", f"{PYTHON} {script}")
+    client = start("send", "--connect", endpoint, "--retries", "0", "x")
+    server.wait_for_notice("begun")
+    server.signal(signal.SIGINT)
+    flag.touch()
+    status, output, notices = server.finish()
+    assert (status, output) == (0, b"")
+    assert "not answered: its command was stopped, too" in notices[-2]
+    assert client.finish()[:2] == (3, b"")

@@ -207,7 +207,8 @@ class ClientKeys:
     def find(self, public: bytes) -> str | None:
         """Return the name of the file that holds ``public`` (Z85), or None; raise OSError if that cannot be known."""
         path = self._paths.get(public)
-        if path and _fingerprint_of(path) == self._files[path][0]:
+        known = path is not None and _fingerprint_of(path) == self._files[path][0]
+        if path and known and self._readable:
             return os.path.basename(path)
         changed = any(_fingerprint_of(each) != fingerprint for each, fingerprint in self._watched.items())
         if path or changed or time.monotonic() >= self._next_scan:
@@ -218,10 +219,12 @@ class ClientKeys:
                     reason = f"{error.strerror}; clients are not let in until that is over"
                     notify(f"cannot read the client keys: {reason}", "yellow")
                 self._readable = False
-                raise
-            if not self._readable:
-                notify("the client keys can be read again")
-            self._readable = True
+                if not known:
+                    raise
+            else:
+                if not self._readable:
+                    notify("the client keys can be read again")
+                self._readable = True
         path = self._paths.get(public)
         return os.path.basename(path) if path else None
 
