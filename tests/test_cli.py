@@ -21,12 +21,7 @@ PROFILE = {"PYTHONPROFILEIMPORTTIME": "1"}
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run zmqmsg to its end, with further variables in its environment."""
     return subprocess.run(
-        [*COMMAND, *arguments],
-        env=os.environ | environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT,
+        [*COMMAND, *arguments], env=os.environ | environment, input="", capture_output=True, text=True, timeout=LIMIT
     )
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from zmqmsg.sockets import Context
-from zmqmsg.system import STOP_SIGNALS
+from zmqmsg.system import END_SIGNALS, STOP_SIGNALS
 
 from conftest import LIMIT, LINUX, POSIX, Send, Serve, Start, ask, descriptors, is_running, shell, stop, until
 
@@ -68,7 +68,7 @@ def test_the_first_signal_lets_the_current_request_be_answered(
         ("--filter", "read line; sleep 600 &"),
     ],
 )
-@pytest.mark.parametrize("last", [signal.SIGTERM, signal.SIGQUIT], ids=["second signal", "SIGQUIT"])
+@pytest.mark.parametrize("last", [signal.SIGTERM, *END_SIGNALS], ids=str)
 def test_a_second_signal_or_sigquit_ends_it_at_once_with_all_that_its_command_has_started(
     serve: Serve, start: Start, option: str, command: str, last: int
 ) -> None:

@@ -117,7 +117,7 @@ def test_a_reply_that_ctrl_break_has_cut_off_is_not_sent(serve: Serve, start: St
         "print('begun', file=sys.stderr, flush=True)\n"
         f"while not os.path.exists({str(flag)!r}):\n"
         "    time.sleep(0.01)\n"
-        "os._exit(0xC000013A)\n"
+        "os._exit(0xC000013A - (1 << 32))\n"
     )
     server, endpoint = serve("--exec", f"{PYTHON} {script}")
     client = start("send", "--connect", endpoint, "--retries", "0", "x")

@@ -36,10 +36,7 @@ class Unanswered(Exception):
 
 
 class Answer:
-    """Replies with ``frames``, or else with the request itself: the echo. The others reply otherwise.
-
-    An answer is a context: what it needs runs from its start to its end.
-    """
+    """Replies with ``frames``, or else with the request: the echo. It is a context, in which all runs that it needs."""
 
     def __init__(self, frames: Frames = ()) -> None:
         self._frames = frames
@@ -63,11 +60,11 @@ def choose_answer(
 ) -> Answer:
     """Return what makes the replies; raise UsageError if the options contradict each other."""
     options = {"--reply": reply, "--exec": command, "--filter": filter_command}
-    given = [name for name, value in options.items() if value is not None]
+    given = {name: value for name, value in options.items() if value is not None}
     if len(given) > 1:
         raise click.UsageError(f"{' and '.join(given)} cannot be used together")
-    for name in given:
-        if name != "--reply" and not (options[name] or "").strip():
+    for name, value in given.items():
+        if name != "--reply" and not value.strip():
             raise click.UsageError(f"{name} needs a command, for example {name} cat")
     if command is not None:
         return Command(command, form, attendant, max_size)
@@ -80,17 +77,13 @@ def choose_answer(
 
 
 class Process:
-    """A shell command that runs. A thread reads what it prints, so that neither side can block the other.
-
-    ``stdin``: its input, unbuffered. ``printed``: a queue of what it has printed, with b"" at the end. ``failure``: why
-    that is not all, if it is not. ``room``: bytes that it may still print.
-    """
+    """A shell command that runs. A thread reads what it prints, so that neither side can block the other."""
 
     def __init__(self, command: str, attendant: Attendant, room: int) -> None:
         """Start ``command``; raise OSError if something for that is lacking."""
-        self.room = room
-        self.failure = ""
-        self.printed: SimpleQueue[bytes] = SimpleQueue()
+        self.room = room  # bytes that it may still print
+        self.printed: SimpleQueue[bytes] = SimpleQueue()  # what it has printed, with b"" at the end
+        self.failure = ""  # why that is not all, if it is not
         self._attendant = attendant
         self._popen = attendant.start_command(command)
         self.stdin, self._stdout = cast("IO[bytes]", self._popen.stdin), cast("IO[bytes]", self._popen.stdout)
@@ -143,26 +136,20 @@ class Program(Answer):
     """
 
     def __init__(self, command: str, form: Form, attendant: Attendant, max_size: int) -> None:
-        """Use the shell command ``command``, for messages in ``form``, until the ``attendant`` asks for the end.
-
-        ``max_size``: bytes that a reply may have, before it is quoted.
-        """
+        """Use the shell command ``command``, for messages in ``form``; ``max_size``: bytes of a reply, unquoted."""
         self._command = command
         self._form = form
         self._attendant = attendant
-        self._room = 4 * max_size + 1 if form.quoted else max_size  # an escape has four characters, and a line an end
+        self._room = max_size * (4 if form.quoted else 1)  # an escape has four characters
         import subprocess  # noqa: F401  (now, while there are descriptors)
 
         keep_exit_statuses()
 
     def _start(self, otherwise: str) -> Process:
-        """Start the command, trying again while something for it is lacking.
-
-        Raises Unanswered, with the text ``otherwise``, if a signal comes before; Failure if it can never be started.
-        """
+        """Start the command as soon as that is possible; raise Failure, or Unanswered(``otherwise``) after a signal."""
         while True:
             try:
-                return Process(self._command, self._attendant, self._room)
+                return Process(self._command, self._attendant, self._room + self._form.quoted)
             except OSError as error:
                 reason = f"cannot start the command: {error.strerror}"
                 if error.errno not in SHORTAGES:
@@ -247,7 +234,7 @@ class Filter(Program):
         if end in line:
             notify(LINES_IN_REQUEST, "yellow")
             return [b""]
-        self._process.room = self._room + (not self._form.quoted)
+        self._process.room = self._room + 1 + self._form.cr_lf  # the end of the line
         self._attendant.expect(SILENT, NOTICE_DELAY)
         answer = self._exchange(line + end, end)
         self._attendant.withdraw(SILENT)

@@ -28,18 +28,14 @@ class Attendant:
     A Python signal handler runs in the main thread, and nothing interrupts a blocking call on Windows. So the handlers
     do nothing, and this thread reads which signals have come. The first one makes a request to stop; the second one, or
     SIGQUIT, ends the process and the commands that it has started, at once.
-
-    ``requested``: when a stop was requested, by ``time.monotonic()``; infinity if it was not. ``serving``: whether
-    there may be requests to answer. ``sources``: what is readable when the main thread shall look up from its poll.
     """
 
     def __init__(self) -> None:
-        """Begin without a signal; ``start()`` lets them come."""
         from threading import Event, Lock  # these two for serve alone
 
-        self.requested = math.inf
-        self.serving = True
-        self.sources: list[socket] = []
+        self.requested = math.inf  # when a stop was requested, by time.monotonic()
+        self.serving = True  # whether there may be requests to answer
+        self.sources: list[socket] = []  # readable when the main thread shall look up from its poll
         self._output: Output | None = None
         self._stop = Event()
         self._first_signal = 0
@@ -49,10 +45,7 @@ class Attendant:
         self._given: set[str] = set()
 
     def start(self, output: Output | None) -> None:
-        """Handle signals from now on, but for those that are ignored; watch whether ``output`` is read.
-
-        Raises OSError if that needs more descriptors or threads than there are.
-        """
+        """Handle signals from now on, but not those that are ignored; watch ``output``. Raises OSError."""
         from socket import socketpair
 
         self._output = output

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from zmqmsg import DEFAULT_ENDPOINT
+from zmqmsg.console import Form
 
 LEAST_SIZE = 512  # bytes; libzmq applies the limit to the handshake as well (300 with CURVE)
 MOST_SIZE = 1 << 40  # bytes
@@ -97,13 +98,14 @@ def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -
         ctx.exit()
 
 
-def _run(command: str, options: dict[str, Any]) -> None:
-    """Do what ``command`` does. It is imported only now: --help and completion need no zmq."""
-    run = import_module(f"zmqmsg.{command}").run
+def _run(module: str, /, *, null: bool, quoted: bool, raw: bool, **options: Any) -> None:
+    """Do what the command of ``module`` does. It is imported only now: --help and completion need no zmq."""
+    form = Form.choose(null=null, quoted=quoted, raw=raw)
+    run = import_module(f"zmqmsg.{module}").run
     # main() has switched the garbage collector off: it would go through all that is imported, again and again.
     gc.freeze()
     gc.enable()
-    run(**options)
+    run(form=form, **options)
 
 
 @click.group(
@@ -192,7 +194,7 @@ def serve(**options: Any) -> None:
       1  something failed
       2  wrong usage
     """
-    _run("serve", options)
+    _run("serve", **options)
 
 
 @cli.command()
@@ -234,4 +236,4 @@ def send(**options: Any) -> None:
       2  wrong usage
       3  no reply; the current message was sent, or may have been
     """
-    _run("send", options)
+    _run("send", **options)

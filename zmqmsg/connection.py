@@ -51,10 +51,7 @@ NOT_REFUSED_FOR_GOOD = {
 
 
 class Peer:
-    """An endpoint that is connected to again and again until it is ready. The user is told what it waits for.
-
-    ``link``: the latest one. ``was_ready``: whether the peer has been ready in this run.
-    """
+    """An endpoint that is connected to again and again until it is ready. The user is told what it waits for."""
 
     def __init__(
         self,
@@ -72,7 +69,7 @@ class Peer:
         """
         self.endpoint = endpoint
         self.link = Link(open_socket())
-        self.was_ready = False
+        self.was_ready = False  # in this run
         self._open_socket = open_socket
         self._probe_delay = probe_delay
         self._announce = announce
@@ -144,24 +141,20 @@ class Peer:
 
 
 class Wait:
-    """A wait for a peer: since when, what stands in the way, and what the user was told of it.
-
-    ``addresses``: those that are still to be tried. ``handshake_trouble``: how the last handshake has failed.
-    ``old_peer_probed_at``: when the probe began that has found a usable peer of ZMTP 1 or 2. ``notice``: the last one.
-    """
+    """A wait for a peer: since when, what stands in the way, and what the user was told of it."""
 
     def __init__(self, endpoint: str, diagnose: Callable[[], Iterator[Finding]], delay: float, now: float) -> None:
         """Begin at ``now`` to wait for ``endpoint``. Probes run ``diagnose``, the first after ``delay`` seconds."""
         self.since = now
-        self.addresses: list[str] = []
-        self.handshake_trouble: Finding | None = None
-        self.old_peer_probed_at = -math.inf
-        self.notice = ""
+        self.addresses: list[str] = []  # those that are still to be tried
+        self.handshake_trouble: Finding | None = None  # how the last handshake has failed
+        self.old_peer_probed_at = -math.inf  # when the probe began that has found a usable peer of ZMTP 1 or 2
+        self.notice = ""  # the last one
         self._endpoint = endpoint
         self._diagnose = diagnose
         self._delay = delay
         self._resolutions = resolve_repeatedly(endpoint)
-        self._probe: Background[Finding] | None = None
+        self._probe: Background | None = None
         self._finding: Finding | None = None
 
     def next_address(self) -> str | None:
@@ -198,10 +191,8 @@ class Wait:
 
 
 def resolve_repeatedly(endpoint: str) -> Iterator[list[str]]:
-    """Yield the endpoints, with addresses in numbers, that ``endpoint`` stands for; none while its name is resolved.
-
-    libzmq would resolve a name on the thread that does everything else, and try only the first address.
-    """
+    """Yield the endpoints, with addresses in numbers, that ``endpoint`` stands for; none while its name is resolved."""
+    # libzmq would resolve a name on the thread that does everything else, and try only the first address.
     while not is_named(endpoint):
         yield [endpoint]
     while True:
@@ -219,18 +210,17 @@ _names = (f"inproc://zmqmsg.monitor.{number}" for number in count())
 class Link:
     """A socket that connects once, and all that libzmq reports of that connection.
 
-    As libzmq never connects it again, what was sent over it cannot be sent a second time behind our back. ``begun``:
-    whether it was told to connect. ``connected_at``: when it was connected, by ``time.monotonic()``; infinity if it was
-    not. ``ready``: whether the peer was found to be ready; that is up to the caller.
+    As libzmq never connects it again, what was sent over it cannot be sent a second time behind our back.
     """
 
     def __init__(self, socket: Socket) -> None:
         """Watch ``socket``, which is not connected yet; raise Failure, and close it, if there are too many sockets."""
         self.socket = socket
         self.uses_curve = socket.mechanism == zmq.CURVE
-        self.begun = False
-        self.connected_at = math.inf
-        self.ready = False
+        self.begun = False  # whether it was told to connect
+        self.connected = False  # whether there is, or was, a TCP connection
+        self.connected_at = math.inf  # by time.monotonic()
+        self.ready = False  # whether requests may be sent, as the Peer has found out
         self._events = 0  # all that have happened
         self._zap_status = 0  # why the peer has refused us
         try:
@@ -238,11 +228,6 @@ class Link:
         except Failure:
             socket.close()
             raise
-
-    @property
-    def connected(self) -> bool:
-        """Whether there is, or was, a TCP connection."""
-        return self.connected_at < math.inf
 
     @property
     def handshake_done(self) -> bool:
@@ -278,7 +263,7 @@ class Link:
             event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
             self._events |= event
             if event == CONNECTED:
-                self.connected_at = time.monotonic()
+                self.connected, self.connected_at = True, time.monotonic()
             elif event == HANDSHAKE_REFUSED:
                 self._zap_status = value
 

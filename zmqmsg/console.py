@@ -63,10 +63,7 @@ class Form(NamedTuple):
 
 
 def write_all(stream: Any, *parts: Any) -> None:
-    """Write ``parts``, bytes or buffers, to an unbuffered stream, by one system call if that takes all of them.
-
-    Raises BrokenPipeError if the reader is gone, OSError if writing fails otherwise.
-    """
+    """Write ``parts``, bytes or buffers, to an unbuffered stream, by one call if possible; raise OSError."""
     left = [part for part in parts if part]
     try:
         while left:

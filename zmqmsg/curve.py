@@ -11,14 +11,13 @@ import time
 from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
 
 import click
 import zmq
 from zmq.utils import z85
 
 from zmqmsg.console import ClientNotices, notify
-from zmqmsg.sockets import Context, Socket, new_socket
+from zmqmsg.sockets import ApplyKeys, Context, Socket, new_socket
 from zmqmsg.system import SHORTAGES, others_may_read, start_thread
 
 KEY_FILE_LIMIT = 65536  # bytes that a key file may have
@@ -32,46 +31,29 @@ Fingerprint = tuple[int, ...]
 _HALF = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\n]*)"', re.MULTILINE)
 
 
-class CurveKeys(NamedTuple):
-    """The CURVE keys of a socket, each as 40 characters of Z85."""
+def load_keys(key: str | None, server_key: str | None, client_keys: str | None = None) -> tuple[ApplyKeys, ApplyKeys]:
+    """Return what lets a socket that is not bound or connected yet use keys: that of a server, and that of a client.
 
-    public: bytes
-    secret: bytes
-    server: bytes = b""  # the public key of the server that a client talks to
-    clients: "ClientKeys | None" = None  # those that a server lets in; None: anybody
-
-    def __repr__(self) -> str:
-        """Return nothing of the secret, wherever it may be printed."""
-        return f"CurveKeys({self.public!r})"
-
-    def apply(self, socket: Socket) -> None:
-        """Let ``socket``, which is not bound or connected yet, use the keys."""
-        socket.curve_publickey, socket.curve_secretkey = self.public, self.secret
-        if self.server:
-            socket.curve_serverkey = self.server
-            return
-        socket.curve_server = True
-        if self.clients:
-            start_zap_handler(socket.context, self.clients)
-            socket.zap_domain = b"zmqmsg"
-            # Without it, libzmq would let everybody in if there were no ZAP handler.
-            socket.zap_enforce_domain = True
-
-
-def load_keys(
-    key: str | None, server_key: str | None, client_keys: str | None = None
-) -> tuple[CurveKeys | None, CurveKeys | None]:
-    """Return the keys of a server with ``key``, which lets in ``client_keys``, and of a client of ``server_key``.
-
-    Without ``client_keys``, the server lets in anybody. Without ``key``, there is no server, and the client has a key
-    pair of this run only. Raises UsageError, naming the file, if anything is wrong.
+    The server has ``key``, and lets in the holders of ``client_keys``, or else anybody. The client has ``key``, or else
+    a key of this run only, and asks the server with ``server_key``. Raises UsageError, naming the file.
     """
     # Each file is read once, as it may be a FIFO, and all others before the key is created.
     server = load_public_key(server_key) if server_key else b""
     clients = ClientKeys(client_keys) if client_keys is not None else None
-    pair = load_key_pair(key) if key else None
-    as_server = CurveKeys(*pair, clients=clients) if pair else None
-    return as_server, CurveKeys(*(pair or zmq.curve_keypair()), server) if server else None
+    public, secret = load_key_pair(key) if key else zmq.curve_keypair()
+
+    def apply_to_server(socket: Socket) -> None:
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_server = public, secret, True
+        if clients:
+            start_zap_handler(socket.context, clients)
+            socket.zap_domain = b"zmqmsg"
+            # Without it, libzmq would let everybody in if there were no ZAP handler.
+            socket.zap_enforce_domain = True
+
+    def apply_to_client(socket: Socket) -> None:
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = public, secret, server
+
+    return apply_to_server, apply_to_client
 
 
 # Key files, as pyzmq and CZMQ have them
@@ -278,7 +260,6 @@ def start_zap_handler(context: Context, clients: ClientKeys) -> None:
     """Start a thread that lets the holders of ``clients`` in, and nobody else; it ends with ``context``."""
     # pyzmq's own handler needs asyncio, which takes 40 ms to import.
     handler = new_socket(context, zmq.REP)
-    handler.linger = 0
     handler.bind("inproc://zeromq.zap.01")
     refused = ClientNotices()
 

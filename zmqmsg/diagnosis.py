@@ -8,10 +8,10 @@ import math
 import time
 from collections.abc import Collection, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zmqmsg.quoting import abridge
-from zmqmsg.system import start_thread, unix_family
+from zmqmsg.system import UNIX_FAMILY, start_thread
 
 if TYPE_CHECKING:
     from socket import socket  # otherwise for names and in trouble only: to import it takes 3 ms
@@ -35,32 +35,23 @@ WRONG_MECHANISM = {
     "NULL": "it does not use CURVE: is it the right server?",
 }
 
-T = TypeVar("T")
-
 
 class Finding(NamedTuple):
-    """What a probe has found.
+    """What a probe has found."""
 
-    ``reason`` completes "waiting for ENDPOINT: ...", and is empty if nothing is wrong. ``hopeless``: waiting does not
-    help. ``old``: the peer speaks ZMTP 1 or 2, whose handshake libzmq does not report.
-    """
-
-    reason: str
-    hopeless: bool = False
-    old: bool = False
+    reason: str  # completes "waiting for ENDPOINT: ..."; empty if nothing is wrong
+    hopeless: bool = False  # whether waiting does not help
+    old: bool = False  # whether the peer speaks ZMTP 1 or 2, whose handshake libzmq does not report
 
 
 OLD_PEER = Finding("", old=True)
 
 
-class Background(Generic[T]):
-    """Runs an iterator in a daemon thread, as a name server or a peer may hold it up for as long as it likes.
+class Background:
+    """Runs an iterator in a daemon thread, as a name server or a peer may hold it up for as long as it likes."""
 
-    ``latest``: what it has yielded last. ``began`` and ``ended``: when, in seconds; infinity if it has not ended.
-    """
-
-    def __init__(self, iterator: Iterator[T]) -> None:
-        self.latest: T | None = None
+    def __init__(self, iterator: Iterator[Any]) -> None:
+        self.latest: Any = None  # what it has yielded last
         self.began = time.monotonic()
         self.ended = math.inf
         self._iterator = iterator
@@ -121,15 +112,12 @@ def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
 
 
 def resolve(endpoint: str) -> list[tuple[int, Any]]:
-    """Return the address family and the address of each socket that may be meant by ``endpoint``, IPv4 first.
-
-    Raises OSError if the name cannot be resolved. May take as long as the name server likes.
-    """
+    """Return family and address of each socket that ``endpoint`` may mean, IPv4 first; raise OSError. May take long."""
     import socket
 
     scheme, _, rest = endpoint.partition("://")
     if scheme == "ipc":
-        return [(unix_family(), f"\0{rest[1:]}" if rest.startswith("@") else rest)]
+        return [(UNIX_FAMILY, f"\0{rest[1:]}" if rest.startswith("@") else rest)]
     host, _, port = rest.rpartition(":")
     found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
     addresses = [(int(family), address) for family, _, _, _, address in found]
@@ -148,7 +136,7 @@ def connect_to_any(addresses: list[tuple[int, Any]]) -> "socket":
             peer.settimeout(STEP_LIMIT if len(addresses) == 1 else CONNECT_LIMIT)
             peer.connect(address)
             # TCP can connect to a free port from that very port.
-            if family != unix_family() and peer.getsockname() == peer.getpeername():
+            if family != UNIX_FAMILY and peer.getsockname() == peer.getpeername():
                 raise ConnectionRefusedError("Connection refused")
         except OSError as error:
             failures.append(error)

@@ -13,7 +13,7 @@ import zmq
 
 from zmqmsg.console import CLIENT_LIMIT, ClientNotices, Failure, notify
 from zmqmsg.sockets import Socket, bind, open_monitor
-from zmqmsg.system import start_thread, unix_family
+from zmqmsg.system import UNIX_FAMILY, start_thread
 
 HUNG_UP = (
     "the handshake was broken off: its socket is no REQ or DEALER, it does not speak ZeroMQ,"
@@ -42,24 +42,20 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
                 os.unlink(path)
 
 
-def is_local(endpoint: str) -> bool:
-    """Return whether only this machine can reach ``endpoint``, which is bound."""
-    return endpoint.startswith(("tcp://127.", "tcp://[::1]", "ipc://"))
-
-
 def _is_taken(path: str) -> bool:
     """Return whether there is more than a stale socket at ``path``, which libzmq would unlink; raise OSError."""
     import socket  # 3 ms, for servers on ipc paths alone
 
     if not os.path.lexists(path):
         return False
-    with socket.socket(unix_family()) as probe:
+    with socket.socket(UNIX_FAMILY) as probe:
         is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
         probe.setblocking(False)
         # Only where nobody listens is it refused; a busy server answers EAGAIN.
         return not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED
 
 
+LOCAL = ("tcp://127.", "tcp://[::1]", "ipc://")  # how endpoints begin that only this machine can reach
 ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
 
 
@@ -68,18 +64,15 @@ def notify_of_endpoint(endpoint: str, *, open_to_all: bool) -> None:
     host, _, port = endpoint.rpartition(":")
     everywhere = ALL_ADDRESSES.get(host)
     notify(f"listening on {everywhere}, port {port}" if everywhere else f"listening on {endpoint}")
-    if open_to_all and not is_local(endpoint):
+    if open_to_all and not endpoint.startswith(LOCAL):
         where = f"port {port}" if everywhere else endpoint
         text = f"anyone who can reach {where} can use it; restrict access with --key and --client-keys"
         notify(f"warning: {text}", "yellow")
 
 
 def watch_handshakes(socket: Socket) -> None:
-    """Notify the user, from now on, of clients of ``socket`` whose handshakes fail; raise Failure or OSError.
-
-    ``socket`` is not bound yet. A thread reads its monitor, even while the server waits for a command: one that nobody
-    reads stops the server.
-    """
+    """Notify the user of clients of ``socket``, not bound yet, whose handshakes fail; raise Failure or OSError."""
+    # A thread reads the monitor, even while the server waits for a command: one that nobody reads stops the server.
     handshake = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     failure = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
     events = zmq.EVENT_ACCEPTED | handshake | failure | zmq.EVENT_DISCONNECTED

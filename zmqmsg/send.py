@@ -31,16 +31,13 @@ def run(
     file: tuple[str, ...],
     multipart: bool,
     verbose: bool,
-    null: bool,
-    quoted: bool,
-    raw: bool,
+    form: Form,
     max_size: int,
     key: str | None,
     server_key: str | None,
     message: tuple[str, ...],
 ) -> None:
     """Send each message and print its reply; the options are those of the command. Raises Failure."""
-    form = Form.choose(null=null, quoted=quoted, raw=raw)
     arguments = [form.decode_argument(argument) for argument in message]
     for argument in message if not connect else ():
         if argument.startswith(("tcp://", "ipc://")):
@@ -51,17 +48,13 @@ def run(
     if server_key:
         from zmqmsg.curve import load_keys  # 5 ms, for CURVE alone
 
-        as_client = load_keys(key, server_key)[1]
-        apply_keys = as_client.apply if as_client else None
+        _, apply_keys = load_keys(key, server_key)
     open_req = partial(open_socket, share_context(), zmq.REQ, max_size=max_size, apply_keys=apply_keys)
-    # Early enough for an attempt to end with what was found.
-    probe_delay = min(PROBE_DELAY, (timeout or math.inf) / 4)
+    probe_delay = min(PROBE_DELAY, (timeout or math.inf) / 4)  # so that an attempt ends with what was found
+    new_peer = partial(Peer, open_socket=open_req, probe_delay=probe_delay, verbose=verbose)
     output = Output(form)
     with ExitStack() as stack:
-        peers = [
-            stack.enter_context(closing(Peer(endpoint, open_req, probe_delay=probe_delay, verbose=verbose)))
-            for endpoint in connect or (DEFAULT_ENDPOINT,)
-        ]
+        peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in connect or (DEFAULT_ENDPOINT,)]
         client = Client(peers, timeout=timeout or math.inf, retries=retries)
         messages = stack.enter_context(closing(read_messages(arguments, file, form)))
         times = Times()
@@ -140,10 +133,8 @@ class Client:
     """Sends requests and waits for their replies, over the connections to all peers that are ready, round-robin.
 
     Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, N times at most. Here
-    an attempt also ends as soon as the connection does, so that a server that died is noticed without any limit.
-
-    A malformed request can make a REP socket drop its next reply, which may be ours (libzmq's rep.cpp). As no
-    connection ends, only a ``timeout`` and another attempt help against that.
+    an attempt also ends as soon as the connection does, so that a server that died is noticed without any limit. Only
+    a ``timeout`` helps where a malformed request has made a REP socket drop its next reply, ours (libzmq's rep.cpp).
     """
 
     def __init__(self, peers: Iterable[Peer], *, timeout: float = math.inf, retries: int = 3) -> None:
@@ -154,10 +145,7 @@ class Client:
         self._sent = False  # whether a server may have received the current request
 
     def ask(self, frames: Sequence[bytes]) -> Reply:
-        """Send ``frames`` as one request and return the reply.
-
-        Raises NoReply if there is none, or else Failure if the request has certainly not reached a server.
-        """
+        """Send ``frames`` as one request and return the reply; raise NoReply, or Failure if no server can have it."""
         started = time.monotonic()
         self._sent = False
         hint = ""
@@ -217,10 +205,7 @@ class Client:
 
 
 def receive_reply(peer: Peer, deadline: float) -> list[zmq.Frame]:
-    """Return the frames of the reply to what was just sent; none at ``deadline``.
-
-    Raises AttemptEnded if the connection ends.
-    """
+    """Return the frames of the reply to what was just sent, none at ``deadline``; raise AttemptEnded if it is lost."""
     link = peer.link
     for _ in range(SPINS):
         yield_processor()

@@ -33,19 +33,13 @@ def run(
     count: int | None,
     quiet: bool,
     verbose: bool,
-    null: bool,
-    quoted: bool,
-    raw: bool,
+    form: Form,
     max_size: int,
     key: str | None,
     client_keys: str | None,
     server_key: str | None,
 ) -> None:
-    """Answer requests until a signal comes or ``count`` is reached; the options are those of the command.
-
-    Raises Failure.
-    """
-    form = Form.choose(null=null, quoted=quoted, raw=raw)
+    """Answer requests until a signal comes or ``count`` is reached; options as of the command. Raises Failure."""
     attendant = Attendant()
     answer = choose_answer(reply, command, filter_command, form, attendant, max_size)
     # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
@@ -63,10 +57,8 @@ def run(
             watch_handshakes(listener)
         listener.rcvtimeo = 0 if connect else RECEIVE_WAIT_MS
         open_worker = partial(open_rep, apply_keys=keys_connected)
-        peers = [
-            stack.enter_context(closing(Peer(endpoint, open_worker, announce=True, verbose=verbose)))
-            for endpoint in connect
-        ]
+        new_peer = partial(Peer, open_socket=open_worker, announce=True, verbose=verbose)
+        peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in connect]
         endpoints = [stack.enter_context(bound(listener, endpoint)) for endpoint in bind]
         # Binding may wait for a name server. Until then, a signal ends the process at once.
         attendant.start(output)
@@ -92,15 +84,12 @@ def apply_keys(
         return None, None
     from zmqmsg.curve import load_keys  # 5 ms, for CURVE alone
 
-    as_server, as_client = load_keys(key, server_key, client_keys)
-    return as_server.apply if as_server and binds else None, as_client.apply if as_client else None
+    for_server, for_client = load_keys(key, server_key, client_keys)
+    return for_server if key and binds else None, for_client if server_key else None
 
 
 def flush(context: Context, server: "Server", attendant: Attendant) -> None:
-    """Wait until the last replies of ``server``, if there are any, are on their way, however long that takes.
-
-    TCP_MAXRT cuts off a peer that does not read.
-    """
+    """Wait until the last replies are on their way, however long: TCP_MAXRT cuts off a peer that does not read."""
     if not server.served:
         return
     how = "two signals end" if attendant.requested == math.inf else "a second signal ends"
@@ -126,10 +115,7 @@ class Server:
         count: int | None = None,
         verbose: bool = False,
     ) -> None:
-        """Make replies with ``answer`` until the ``attendant`` requests the end, or after ``count`` requests.
-
-        ``output`` gets each request after its reply is sent. ``verbose``: notify the user of each.
-        """
+        """``output`` gets each request after its reply is sent; ``verbose``: notify the user of each."""
         self.served = 0
         self._answer = answer
         self._attendant = attendant

@@ -39,10 +39,7 @@ _REASONS = {
 
 
 def check_endpoint(endpoint: str, *, bind: bool) -> str:
-    """Return ``endpoint`` if it can be bound (or else connected to); raise ValueError if not.
-
-    libzmq takes some of what is refused here for something else: port 99999 wraps to 34463.
-    """
+    """Return ``endpoint`` if it can be bound (or else connected to); raise ValueError."""
     example = DEFAULT_ENDPOINT
     problem = ""
     if not endpoint.isprintable():
@@ -62,7 +59,7 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
         problem = "is neither tcp://HOST:PORT (IPv6 in brackets) nor ipc://PATH"
     elif not bind and ("*" in match.groups() or not int(match["port"])):
         problem = "has a wildcard, which only --bind accepts"
-    elif match["port"] != "*" and int(match["port"]) > 65535:
+    elif match["port"] != "*" and int(match["port"]) > 65535:  # which libzmq would wrap
         problem = "has a port above 65535"
     if problem:
         raise ValueError(f"'{endpoint}' {problem}; for example {example}")
@@ -77,11 +74,13 @@ def share_context() -> Context:
 
 
 def new_socket(context: Context, socket_type: int) -> Socket:
-    """Return a socket with the default options; raise Failure if there are too many."""
+    """Return a socket that drops at its end what is not sent yet; raise Failure if there are too many."""
     try:
-        return context.socket(socket_type)
+        socket = context.socket(socket_type)
     except zmq.ZMQError as error:
         raise Failure(f"cannot open a socket: {error.strerror}") from error
+    socket.linger = 0
+    return socket
 
 
 def open_socket(
@@ -117,7 +116,6 @@ def open_socket(
 def open_monitor(socket: Socket, address: str, events: int) -> Socket:
     """Return a socket that receives ``events`` of ``socket`` at an inproc ``address``; raise Failure as above."""
     monitor = new_socket(socket.context, zmq.PAIR)
-    monitor.linger = 0
     monitor.rcvhwm = 0  # a full monitor would stop libzmq's thread (libzmq issue 3745)
     try:
         socket.monitor(address, events)
@@ -177,11 +175,8 @@ def receive(socket: Socket) -> list[zmq.Frame]:
 
 
 def send(socket: Socket, frames: Sequence[Any], flags: int = 0) -> None:
-    """Send ``frames``, which are bytes or Frames, as one message.
-
-    With NOBLOCK as ``flags``, raises zmq.Again if libzmq does not take it now. Frames of 64 KiB and more (pyzmq's
-    COPY_THRESHOLD) are not copied; for smaller ones, copying is faster.
-    """
+    """Send ``frames``, bytes or Frames, as one message. With NOBLOCK, raises zmq.Again if libzmq takes none now."""
+    # Frames below pyzmq's COPY_THRESHOLD, 64 KiB, are copied all the same, which is faster for them.
     if len(frames) == 1:  # half the cost of the general call
         socket.send(frames[0], flags, copy=False)
     else:

@@ -27,6 +27,7 @@ HAS_ABSTRACT_NAMES = sys.platform == "linux"  # Unix sockets with an @ before th
 HAS_CONNECTION_TIMEOUT = not WINDOWS  # TCP_MAXRT: Windows gives up after 21 s by itself, and Wine hangs with it
 ENDED_BY_CTRL_C = 0xC000013A  # exit status of a process that Ctrl-C or Ctrl-Break has ended on Windows
 MOST_DESCRIPTORS = (65536, 10240)  # limits to try; some versions of macOS accept the second one alone
+UNIX_FAMILY = 1  # AF_UNIX on all systems; nobody asks for it where Python has none
 WRITEV_LIMIT = 1 << 30  # bytes that one writev may have; macOS refuses 2 GiB
 
 # STOP_SIGNALS ask a server to stop; END_SIGNALS end it at once. yield_processor() lets another thread or process run.
@@ -56,28 +57,15 @@ def raise_descriptor_limit() -> None:
 
 
 def others_may_read(status: os.stat_result) -> bool:
-    """Return whether others than its owner may read the file with ``status``. Windows has no such modes.
-
-    The group of a file that belongs to root is accepted, as PostgreSQL accepts it: a container's orchestrator mounts
-    secrets for a group.
-    """
+    """Return whether others than its owner may read the file with ``status``. Windows has no such modes."""
+    # A container's orchestrator mounts secrets of root's for our group; PostgreSQL accepts that as well.
     if sys.platform == "win32":
         return False
     return bool(status.st_mode & (0o037 if status.st_uid == 0 != os.geteuid() else 0o077))
 
 
-def unix_family() -> int:
-    """Return the family of Unix sockets, which ``ipc`` endpoints use; -1 where Python has none."""
-    import socket
-
-    return int(getattr(socket, "AF_UNIX", -1))
-
-
 def write_parts(stream: Any, parts: Sequence[Any]) -> int | None:
-    """Write ``parts``, in one system call where there is one for that; return how many bytes were written.
-
-    ``stream`` is unbuffered. Returns None if it is non-blocking and takes nothing now; raises OSError.
-    """
+    """Write ``parts``, by one call where there is one, and return how many bytes; None if that would block."""
     if sys.platform != "win32" and len(parts) > 1 and len(parts[0]) < WRITEV_LIMIT:
         with suppress(BlockingIOError):
             return os.writev(stream.fileno(), parts)
@@ -108,11 +96,7 @@ def leave_signals_to_other_threads() -> None:
 
 
 def start_command(command: str) -> "Popen[bytes]":
-    """Start ``command`` with the system's shell; its standard input and output are unbuffered pipes.
-
-    It is in a group of its own: what is typed at our terminal, and a signal to our group, do not reach it. Raises
-    OSError.
-    """
+    """Start ``command`` with the system's shell, in a group of its own, with unbuffered pipes; raise OSError."""
     import subprocess
     from subprocess import PIPE
 
@@ -123,10 +107,7 @@ def start_command(command: str) -> "Popen[bytes]":
 
 
 def end_group(process: "Popen[bytes]") -> None:
-    """Kill a process that ``start_command`` has started, and all that it has started.
-
-    On Linux that includes process groups of their own, as GNU timeout makes one.
-    """
+    """Kill what ``start_command`` has started, with all that it has started."""
     if sys.platform == "win32":
         from subprocess import DEVNULL, run
 
@@ -137,7 +118,7 @@ def end_group(process: "Popen[bytes]") -> None:
         return
     with suppress(OSError):
         os.killpg(process.pid, signal.SIGKILL)
-    with suppress(OSError):
+    with suppress(OSError):  # on Linux, groups of their own as well: GNU timeout makes one
         for name in filter(str.isdigit, os.listdir("/proc")):
             with suppress(OSError):
                 if os.getsid(int(name)) == process.pid:
@@ -158,10 +139,7 @@ def killing_signal(status: int) -> int:
 
 
 def reap_orphans(children: Collection[int]) -> None:
-    """Reap what ended commands have left running and has ended since: for process 1 of a container, nobody else does.
-
-    ``children``: the ids of processes that somebody waits for.
-    """
+    """Reap what commands have left running, not ``children``, which are waited for: for process 1, nobody else does."""
     if sys.platform == "linux":
         with suppress(ChildProcessError):
             while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
