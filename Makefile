@@ -26,7 +26,7 @@ demo: .venv/run ## Send three messages from a client to a server, two processes
 	wait'
 
 test: .venv/dev ## Run the tests
-	$(BIN)/pytest -n 10 --dist worksteal
+	$(BIN)/pytest -n 8 --dist worksteal
 
 windows: .venv/dev ## Run the tests with a Python for Windows, under Wine
 	$(BIN)/python tests/windows.py -n 2 --dist worksteal --timeout 120 $(WINDOWS_OPTIONS)
@@ -40,7 +40,7 @@ lint: .venv/dev ## Check style, format and types
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/tests.yml
 
 coverage: .venv/dev ## Run the tests and show what they leave out
-	$(BIN)/pytest -n 10 --dist worksteal --cov --cov-report=term-missing
+	$(BIN)/pytest -n 8 --dist worksteal --cov --cov-report=term-missing
 
 soak: .venv/dev ## Run the long tests at full size
 	$(BIN)/pytest -m soak --timeout 900
