@@ -30,8 +30,7 @@ T = TypeVar("T")
 Process = subprocess.Popen[bytes]
 Results = Iterator["Result"]
 
-LIMIT = 900
-"""Seconds after which a row will not end."""
+LIMIT = 900  # seconds after which a row will not end
 
 ROUNDS = 5
 MESSAGES = 8000

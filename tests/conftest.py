@@ -31,8 +31,7 @@ LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 WINDOWS = pytest.mark.skipif(sys.platform != "win32", reason="needs Windows")
 POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX: its shell, signals, pipes or Unix sockets")
 soak = pytest.mark.soak
-LIMIT = 20
-"""Seconds after which something that should have happened will not."""
+LIMIT = 20  # seconds after which something that should have happened will not
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -14,8 +14,7 @@ from zmqmsg.cli import cli
 
 from conftest import COMMAND, LIMIT, LINUX, POSIX, Serve
 
-PROFILE = {"PYTHONPROFILEIMPORTTIME": "1"}
-"""Lets Python say on standard error what it imports."""
+PROFILE = {"PYTHONPROFILEIMPORTTIME": "1"}  # lets Python say on standard error what it imports
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

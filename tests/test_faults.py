@@ -15,8 +15,7 @@ import pytest
 
 from conftest import POSIX, Send, Serve, relay, soak
 
-QUIET_PERIOD = 0.4
-"""Seconds for which a stalled connection passes nothing on: longer than the timeout of an attempt."""
+QUIET_PERIOD = 0.4  # seconds for which a stalled connection passes nothing on: longer than the timeout of an attempt
 
 
 class Faults:

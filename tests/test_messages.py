@@ -187,13 +187,6 @@ def test_nothing_to_send_is_told_unless_an_empty_message_is_given(send: Send, op
     assert (b"nothing to send" in done.stderr) is ("--file" not in options)
 
 
-def test_a_line_may_have_megabytes(echo: str, send: Send) -> None:
-    lines = ended([b"short", os.urandom(8_000_000).replace(b"\n", b" "), b"short again"])
-    done = send("--connect", echo, input=lines)
-    assert done.returncode == 0
-    assert done.stdout == lines
-
-
 def test_each_line_is_answered_before_the_next_is_read(serve: Serve, start: Start) -> None:
     server, endpoint = serve()
     client = start("send", "--connect", endpoint)

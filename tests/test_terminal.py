@@ -300,11 +300,6 @@ def test_there_is_no_progress_bar_otherwise(
     assert b"\x1b" not in written
 
 
-def test_there_is_no_progress_bar_in_a_log(echo: str, start: Start, long_file: Path) -> None:
-    with long_file.open("rb") as file:
-        assert start("send", "--connect", echo, stdin=file).finish() == (0, long_file.read_bytes(), [])
-
-
 @pytest.fixture
 def halfway(context: Context, start: Start, terminal: Terminal, long_file: Path) -> Callable[..., Process]:
     """Start ``send`` with further options, and let it get no further than to the middle of its progress bar."""
@@ -447,14 +442,3 @@ def test_the_tab_key_completes(
     for typed, completed in COMPLETIONS:
         terminal.type(f"zmqmsg {typed}\t\n".encode())
         terminal.read_until("".join(f"<{word}>" for word in completed).encode())
-
-
-@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
-@pytest.mark.parametrize(("typed", "completed"), COMPLETIONS[1::2])
-def test_fish_completes(tmp_path: Path, typed: str, completed: list[str]) -> None:
-    (tmp_path / "picture.png").touch()
-    script = f"_ZMQMSG_COMPLETE=fish_source zmqmsg | source; complete -C 'zmqmsg {typed}'"
-    environment = ENVIRONMENT | {"HOME": str(tmp_path)}
-    done = subprocess.run(["fish", "--no-config", "-c", script], cwd=tmp_path, env=environment, capture_output=True)
-    assert [line.partition(b"\t")[0].decode() for line in done.stdout.splitlines()] == completed[-1:]
-    assert done.stderr == b""

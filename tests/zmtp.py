@@ -6,8 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-Talk = Callable[[socket.socket], object]
-"""What a listener does with a connection; at its end, the connection is closed."""
+Talk = Callable[[socket.socket], object]  # what a listener does with a connection; at its end, the connection is closed
 
 
 def greeting(mechanism: bytes = b"NULL", version: bytes = b"\x03\x00", as_server: bytes = b"\x00") -> bytes:
