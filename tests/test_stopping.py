@@ -54,15 +54,15 @@ def test_a_worker_that_stops_answers_what_its_broker_has_handed_over(context: Co
         for worker in workers:
             worker.wait_for_notice("connected to")
         clients = clients_of(context, front, 20)
-        assert clients[0].recv() == b"0"
+        assert workers[0].read_line().isdigit()
         assert stop(workers[0])[0] == 0
-        assert [client.recv() for client in clients[1:]] == [b"%d" % number for number in range(1, 20)]
+        assert [client.recv() for client in clients] == [b"%d" % number for number in range(20)]
 
 
 def test_what_takes_longer_than_five_seconds_is_left_and_told_of(context: Context, serve: Serve) -> None:
     server, endpoint = serve("--exec", slow_echo(0.5))
-    clients = clients_of(context, endpoint, 20)
-    assert clients[0].recv() == b"0"
+    _clients = clients_of(context, endpoint, 20)
+    assert server.read_line().isdigit()  # the first one is served, whoever it is
     started = time.monotonic()
     status, _, notices = stop(server)
     assert (status, 4 < time.monotonic() - started < 8) == (0, True)
