@@ -19,7 +19,7 @@ def main() -> None:
     from zmqmsg.system import READER_GONE
 
     try:
-        # By default, click for Windows takes *, ? and %VAR% in the arguments for patterns of file names and variables.
+        # On Windows, click would expand *, ?, ~ and %VAR% in all arguments.
         sys.exit(cli.main(prog_name="zmqmsg", standalone_mode=False, windows_expand_args=False))
     except click.ClickException as error:
         show_error(error)
@@ -31,16 +31,13 @@ def main() -> None:
         few = error.errno in (errno.EMFILE, errno.ENFILE)
         advice = ": raise the limit, for example with: ulimit -n 256" if few else ""
         if error.errno not in READER_GONE:
-            show_error(click.ClickException(f"{error.strerror}{advice}"))
+            show_error(click.ClickException(f"{error.strerror or error}{advice}"))
         sys.stdout = None  # what is left in its buffer would fail once more, with a traceback
         sys.exit(1)
 
 
 def end_at_once_by_default() -> None:
-    """Let signals end the process as they end any other: a shell shows 130 after Ctrl-C, and a loop around it stops.
-
-    A signal that is ignored, as Ctrl-C is in a background job of a shell, stays ignored.
-    """
+    """Let signals end the process as any other: a shell shows 130 after Ctrl-C. Those that are ignored stay so."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.getpid() == 1:

@@ -36,7 +36,7 @@ class Unanswered(Exception):
 
 
 class Answer:
-    """Replies with ``frames``, or else with the request: the echo. It is a context, in which all runs that it needs."""
+    """Replies with ``frames``, or else with the request: the echo. What it needs runs in its context."""
 
     def __init__(self, frames: Frames = ()) -> None:
         self._frames = frames
@@ -154,15 +154,15 @@ class Program(Answer):
                 reason = f"cannot start the command: {error.strerror}"
                 if error.errno not in SHORTAGES:
                     raise Failure(reason) from error
-                self._attendant.notify_once(f"{reason}; trying again until it can be started")
-                if self._attendant.wait(START_INTERVAL):
+                self._attendant.notices.notify_once(f"{reason}; trying again until it can be started")
+                if self._attendant.stop.wait(START_INTERVAL):
                     raise Unanswered(otherwise) from None
 
     def _was_stopped(self, status: int) -> bool:
-        """Return whether a program that ended with ``status`` was killed by a signal that also stops us."""
+        """Return whether a program that ended with ``status`` was killed by a signal while we stop, or are about to."""
         number = killing_signal(status)
         # A signal to a group of processes may reach us after the others.
-        return number > 0 and self._attendant.wait(SIGNAL_DELAY if number in STOP_SIGNALS else 0)
+        return number > 0 and self._attendant.stop.wait(SIGNAL_DELAY if number in STOP_SIGNALS else 0)
 
     def _encode(self, request: Frames) -> bytes:
         """Return a request as the program reads it, without an end."""
@@ -170,7 +170,7 @@ class Program(Answer):
         if self._form.quoted:
             return quote(frames)
         if len(frames) > 1:
-            self._attendant.notify_once(
+            self._attendant.notices.notify_once(
                 "frames are joined for the command; --quoted keeps them apart, if it reads quoted lines"
             )
         return b"".join(frames)
@@ -192,13 +192,13 @@ class Command(Program):
     def reply_to(self, request: Frames) -> Frames:
         data = self._encode(request) + b"\n" * self._form.quoted
         process = self._start("the last request was not answered: its command could not be started")
-        self._attendant.expect(GOES_ON, LONG_RUN)
+        self._attendant.notices.expect(GOES_ON, LONG_RUN)
         with suppress(BrokenPipeError):  # it does not want the rest
             write_all(process.stdin, data)
         process.stdin.close()
         printed = b"".join(iter(process.printed.get, b""))
         status = process.wait() or 0
-        self._attendant.withdraw(GOES_ON)
+        self._attendant.notices.withdraw(GOES_ON)
         process.close()
         if process.failure:
             raise Failure(process.failure)
@@ -212,8 +212,7 @@ class Command(Program):
 class Filter(Program):
     """Starts the command once, writes each request to it as a line, and reads each reply as one.
 
-    As soon as there is a line too many, or one that nobody asked for, it is not known any more which reply belongs to
-    which request; that is the end.
+    A line too many, or one that nobody asked for, is the end: replies can no longer be matched to requests.
     """
 
     def __enter__(self) -> Self:
@@ -235,9 +234,9 @@ class Filter(Program):
             notify(LINES_IN_REQUEST, "yellow")
             return [b""]
         self._process.room = self._room + 1 + self._form.cr_lf  # the end of the line
-        self._attendant.expect(SILENT, NOTICE_DELAY)
+        self._attendant.notices.expect(SILENT, NOTICE_DELAY)
         answer = self._exchange(line + end, end)
-        self._attendant.withdraw(SILENT)
+        self._attendant.notices.withdraw(SILENT)
         return self._decode(answer, answer) if self._form.quoted else [self._form.strip_cr(answer)]
 
     def check(self) -> None:
@@ -263,6 +262,7 @@ class Filter(Program):
         return bytes(printed[:place])
 
     def _fail_for_line(self, printed: bytes) -> NoReturn:
+        self._attendant.notices.withdraw(SILENT)
         if not printed:
             self._fail_for_end()
         raise Failure(
@@ -270,6 +270,7 @@ class Filter(Program):
         )
 
     def _fail_for_end(self) -> NoReturn:
+        self._attendant.notices.withdraw(SILENT)
         if self._process.failure:
             raise Failure(self._process.failure)
         status = self._process.wait(END_LIMIT)

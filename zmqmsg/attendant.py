@@ -1,4 +1,4 @@
-"""The attendant of ``serve``: sees to stop signals, and tells of waits that last, while the main thread is blocked."""
+"""The attendant of ``serve``: handles stop signals, and tells of long waits, while the main thread is blocked."""
 
 import math
 import os
@@ -22,6 +22,40 @@ STOPPING = "stopping after the current request; a second signal ends it at once"
 UNREAD = "standard output is not being read"
 
 
+class Notices:
+    """Notices of what lasts, each of which is given once at most in a run."""
+
+    def __init__(self) -> None:
+        self._due: dict[str, float] = {}
+        self._given: set[str] = set()
+
+    def notify_once(self, notice: str) -> None:
+        """Give ``notice`` now, unless it was given before."""
+        if notice not in self._given:
+            self._given.add(notice)
+            notify(notice, "yellow")
+
+    def expect(self, notice: str, seconds: float) -> None:
+        """Let the attendant give ``notice``, unless it is withdrawn within ``seconds``."""
+        self._due[notice] = time.monotonic() + seconds
+
+    def withdraw(self, notice: str) -> None:
+        """Do not give ``notice`` any more."""
+        self._due.pop(notice, None)
+
+    def give_due(self) -> None:
+        for notice, due in tuple(self._due.items()):
+            if due <= time.monotonic() and notice not in self._given:
+                self._given.add(notice)
+                give(notice, "yellow")
+
+
+def give(notice: str, colour: str) -> None:
+    """Notify the user, unless standard error blocks as well: a second signal must be seen all the same."""
+    with suppress(OSError):
+        start_thread(lambda: notify(notice, colour)).join(LOOK_INTERVAL)
+
+
 class Attendant:
     """A daemon thread that does what the main thread cannot do in the middle of a system call.
 
@@ -35,14 +69,13 @@ class Attendant:
 
         self.requested = math.inf  # when a stop was requested, by time.monotonic()
         self.serving = True  # whether there may be requests to answer
-        self.sources: list[socket] = []  # readable when the main thread shall look up from its poll
+        self.notices = Notices()
+        self.sources: list[socket] = []  # readable when the main thread must return from its poll
         self._output: Output | None = None
-        self._stop = Event()
+        self.stop = Event()  # set when a stop is requested
         self._first_signal = 0
         self._commands: set[Popen[bytes]] = set()
         self._starting = Lock()  # held while a command is started and noted
-        self._due: dict[str, float] = {}
-        self._given: set[str] = set()
 
     def start(self, output: Output | None) -> None:
         """Handle signals from now on, but not those that are ignored; watch ``output``. Raises OSError."""
@@ -55,39 +88,12 @@ class Attendant:
         self._signals.settimeout(LOOK_INTERVAL)
         start_thread(self._attend)
         self.sources = [reader]
+        signal.set_wakeup_fd(self._signal_writer.fileno())  # first, or a signal could be lost
         for number in (*STOP_SIGNALS, *END_SIGNALS):
             if signal.getsignal(number) != signal.SIG_IGN:
                 signal.signal(number, lambda _number, _frame: None)
-        signal.set_wakeup_fd(self._signal_writer.fileno())
 
     # What the main thread asks for
-
-    def request_stop(self, number: int = 0) -> None:
-        """Request the end, as the first signal does, or because of the signal ``number``."""
-        self._first_signal = number
-        self.requested = time.monotonic()
-        if self.serving:
-            self.expect(STOPPING, NOTICE_DELAY)
-        self._stop.set()
-        self._waker.send(b"\0")
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for a request to stop, ``seconds`` at most, and return whether there is one."""
-        return self._stop.wait(seconds)
-
-    def notify_once(self, notice: str) -> None:
-        """Give ``notice`` now, unless it was given before."""
-        if notice not in self._given:
-            self._given.add(notice)
-            notify(notice, "yellow")
-
-    def expect(self, notice: str, seconds: float) -> None:
-        """Give ``notice``, once in all, unless it is withdrawn within ``seconds``."""
-        self._due[notice] = time.monotonic() + seconds
-
-    def withdraw(self, notice: str) -> None:
-        """Do not give ``notice`` any more."""
-        self._due.pop(notice, None)
 
     def start_command(self, command: str) -> "Popen[bytes]":
         """Start a shell command that a second signal ends as well; raise OSError if that is impossible."""
@@ -97,7 +103,7 @@ class Attendant:
         return process
 
     def forget(self, process: "Popen[bytes]") -> None:
-        """Leave a process alone that has ended. If that is because all is being ended, do not go on."""
+        """Forget a process that has ended. This blocks while all are being ended: nothing is answered then."""
         with self._starting:
             self._commands.discard(process)
 
@@ -115,31 +121,28 @@ class Attendant:
 
     def _handle(self, number: int) -> None:
         late = time.monotonic() - self.requested >= REPEAT_DELAY
-        again = self._stop.is_set() and (late or number != self._first_signal)
+        again = self.stop.is_set() and (late or number != self._first_signal)
         if again or number in END_SIGNALS:
             self._end(128 + number)
-        if not self._stop.is_set():
-            self.request_stop(number)
+        if not self.stop.is_set():
+            self._first_signal = number
+            self.requested = time.monotonic()
+            if self.serving:
+                self.notices.expect(STOPPING, NOTICE_DELAY)
+            self.stop.set()
+            self._waker.send(b"\0")
 
     def _look(self) -> None:
         """Give the notices that are due; end the process if it is to stop, and waits for somebody to read."""
         now = time.monotonic()
         unread = bool(self._output and is_stalled(self._output, now))
-        if self._stop.is_set() and (unread or is_stalled(None, now)):
+        if self.stop.is_set() and (unread or is_stalled(None, now)):
             if unread:
-                self._give(f"{UNREAD}; 1 request was answered, but not printed", "red")
+                give(f"{UNREAD}; 1 request was answered, but not printed", "red")
             self._end(1)
         if unread:
-            self._due.setdefault(f"{UNREAD}; waiting until it is", now)
-        for notice, due in tuple(self._due.items()):
-            if due <= now and notice not in self._given:
-                self._given.add(notice)
-                self._give(notice, "yellow")
-
-    def _give(self, notice: str, colour: str) -> None:
-        """Notify the user, unless standard error blocks as well: a second signal must be seen all the same."""
-        with suppress(OSError):
-            start_thread(lambda: notify(notice, colour)).join(LOOK_INTERVAL)
+            self.notices.expect(f"{UNREAD}; waiting until it is", 0)
+        self.notices.give_due()
 
     def _end(self, status: int) -> None:
         self._starting.acquire(timeout=1)

@@ -20,13 +20,10 @@ DEFAULT = f"[default: {DEFAULT_ENDPOINT}]"
 
 
 class Option(click.Option):
-    """An option that an empty variable of the environment sets to an empty value.
-
-    click ignores an empty variable, so an empty secret would turn authentication off. Blanks count as empty. Only flags
-    accept an empty value; it means no.
-    """
+    """An option that a variable of the environment which is empty, or blank, sets to an empty value; no for a flag."""
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
+        # click ignores such a variable, so that an empty secret would turn authentication off.
         name = f"{ctx.auto_envvar_prefix}_{self.opts[-1].strip('-')}".upper().replace("-", "_")
         value = os.environ.get(name)
         return value if value is None or value.strip() else ""
@@ -232,7 +229,7 @@ def send(**options: Any) -> None:
     Exit status:
       0  all replies came
       1  failed; the current message was certainly not served
-         (or it was its reply that could not be printed)
+         (or its reply came and could not be printed)
       2  wrong usage
       3  no reply; the current message was sent, or may have been
     """

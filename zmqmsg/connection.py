@@ -1,4 +1,4 @@
-"""One connection to one endpoint: whether its peer is ready, and why not.
+"""An endpoint that is connected to again and again: whether its peer is ready, and why not.
 
 libzmq tells when a connection is made, ready and ended. Why nobody is ready is asked of the peer: see ``diagnosis``.
 """
@@ -51,7 +51,7 @@ NOT_REFUSED_FOR_GOOD = {
 
 
 class Peer:
-    """An endpoint that is connected to again and again until it is ready. The user is told what it waits for."""
+    """An endpoint that is connected to again and again until it is ready. It tells the user what it waits for."""
 
     def __init__(
         self,
@@ -268,11 +268,8 @@ class Link:
                 self._zap_status = value
 
     def was_rejected(self) -> bool:
-        """Return whether our side has ended the connection because of what came over it.
-
-        If the peer has, libzmq says that it would connect again: wait for that. It reports a flipped bit under CURVE
-        as a failed handshake.
-        """
+        """Return whether our side has ended the connection because of what came over it."""
+        # If the peer has, libzmq says that it would connect again, or after a flipped bit that the handshake failed.
         end = time.monotonic() + RETRY_DELAY
         while not self._events & (CONNECT_RETRIED | HANDSHAKE_FAILED):
             if (left := end - time.monotonic()) <= 0:
@@ -296,7 +293,7 @@ class Link:
 
 
 def wait(peers: Sequence[Peer], sources: Sequence[Any], until: float) -> None:
-    """Wait for what ``peers``, or the sockets ``sources``, may have to say, until ``until`` and a second at most."""
+    """Wait until one of ``peers`` or ``sources`` (sockets) has something to say, or ``until``; a second at most."""
     now = time.monotonic()
     pause = min([until - now, 1, *(peer.pause(now) for peer in peers)])
     items = [*sources, *(peer.link.monitor for peer in peers)]

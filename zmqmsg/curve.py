@@ -23,7 +23,7 @@ from zmqmsg.system import SHORTAGES, others_may_read, start_thread
 KEY_FILE_LIMIT = 65536  # bytes that a key file may have
 SCAN_SHARE = 5  # for unknown keys, all files are scanned again after so many times the duration of the last scan
 WATCHED_FILES = 16  # files without a key that are looked at for each unknown key: they may have been half written
-NO_KEY = b"0" * 40  # of a program that was never given one
+NO_KEY = b"0" * 40  # 32 zero bytes: of a program that was never given a key
 EXAMPLE = 'it has a line like this one: public-key = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"'
 
 Fingerprint = tuple[int, ...]
@@ -32,7 +32,7 @@ _HALF = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\n]*)"', re.MULTILINE)
 
 
 def load_keys(key: str | None, server_key: str | None, client_keys: str | None = None) -> tuple[ApplyKeys, ApplyKeys]:
-    """Return what lets a socket that is not bound or connected yet use keys: that of a server, and that of a client.
+    """Return two functions that give keys to a socket which is not bound or connected yet: a server's, and a client's.
 
     The server has ``key``, and lets in the holders of ``client_keys``, or else anybody. The client has ``key``, or else
     a key of this run only, and asks the server with ``server_key``. Raises UsageError, naming the file.
@@ -136,18 +136,15 @@ def _certificate(public: bytes, secret: bytes = b"") -> str:
 def _write(path: str, text: str, mode: int) -> bool:
     """Create the file at ``path``, whole or not at all; return False if there is one. Raises UsageError."""
     # pyzmq's own writer overwrites files, and lets others read the secret.
-
-    def create(path: str) -> None:
-        with open(path, "x", opener=partial(os.open, mode=mode)) as file:
-            file.write(text)
-
     draft = f"{path}.{os.urandom(8).hex()}"
     try:
-        create(draft)
+        with open(draft, "x", opener=partial(os.open, mode=mode)) as file:
+            file.write(text)
         try:
             os.link(draft, path)
         except OSError:  # it exists, or there are no hard links here, as on FAT
-            create(path)
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+            os.replace(draft, path)
     except FileExistsError:
         return False
     except OSError as error:
@@ -174,7 +171,7 @@ class ClientKeys:
         if not os.path.exists(path):
             raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
         self._path = path
-        self._is_directory = os.path.isdir(path)  # one that goes is an error, a file that goes lets nobody in
+        self._is_directory = os.path.isdir(path)  # then it is an error if it disappears
         self._files: dict[str, tuple[Fingerprint, bytes]] = {}  # a key is empty if its file is none
         self._paths: dict[bytes, str] = {}  # of the files of the keys
         self._watched: dict[str, Fingerprint] = {}  # what is looked at for an unknown key before a scan

@@ -203,10 +203,7 @@ def shake_hands(peer: "socket", received: bytes, wanted: Collection[str], *, cur
 
 
 def read_socket_type(peer: "socket", received: bytes) -> str:
-    """Return the Socket-Type that the peer names in its READY command, which follows the 64 bytes of its greeting.
-
-    It is empty if the peer says something else, such as the ERROR of a failed authentication, which libzmq reports.
-    """
+    """Return the Socket-Type of the READY command after the greeting's 64 bytes; empty if something else follows."""
     received = read(peer, received, 66)
     length = received[65]
     if received[64] & 2:  # a long command

@@ -5,19 +5,20 @@ import os
 import re
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import cast
 
 import zmq
 
-from zmqmsg.console import CLIENT_LIMIT, ClientNotices, Failure, notify
+from zmqmsg.console import CLIENT_INTERVAL, ClientNotices, Failure, notify
 from zmqmsg.sockets import Socket, bind, open_monitor
 from zmqmsg.system import UNIX_FAMILY, start_thread
 
 HUNG_UP = (
-    "the handshake was broken off: its socket is no REQ or DEALER, it does not speak ZeroMQ,"
-    " or one side has keys, and the other has none"
+    "the handshake was broken off: its socket is no REQ or DEALER, it does not speak ZeroMQ, one side has keys, and the"
+    " other has none, it is an old client (ZMTP 1 or 2) that is done, or it looks why it has to wait"
 )
 WRONG = {
     int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH): "one side has keys, and the other has none",
@@ -27,7 +28,7 @@ WRONG = {
 
 @contextmanager
 def bound(socket: Socket, endpoint: str) -> Iterator[str]:
-    """Bind ``socket`` for the time of the context, which gets the real endpoint, its port resolved; raise Failure."""
+    """Bind ``socket`` while the context lasts, and yield the real endpoint, with its port; raise Failure."""
     # A name that begins with @ is an abstract one of Linux: no file.
     path = endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
     if path and _is_taken(path):
@@ -84,7 +85,7 @@ def _report_handshakes(monitor: Socket) -> None:
     notices = ClientNotices()
     addresses: dict[int, str] = {}  # of each connection, by its descriptor
     unfinished: set[int] = set()  # connections whose handshakes have certainly not succeeded
-    explained: set[str] = set()  # addresses of which more is known than that they hang up
+    explained: dict[str, float] = {}  # addresses of which more is known than that they hang up, and since when
     reason = ""
     with monitor, suppress(zmq.ContextTerminated):
         while True:
@@ -96,18 +97,20 @@ def _report_handshakes(monitor: Socket) -> None:
                 reason = WRONG.get(value, "it broke the protocol of the handshake")
             elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 reason = HUNG_UP
-            elif event != zmq.EVENT_DISCONNECTED:  # it succeeded, or curve tells of it; whose, libzmq does not say
+            elif event != zmq.EVENT_DISCONNECTED:  # it succeeded, or ZAP tells of it; whose, libzmq does not say
                 unfinished.clear()
             else:  # which follows the others, and says whose they are
                 address = addresses.pop(value, "an unknown address")
                 # It ends without a word where our side finds a socket of the wrong type first.
                 reason = reason or (HUNG_UP if value in unfinished else "")
                 unfinished.discard(value)
-                # A client that looks why it does not get through hangs up as well.
+                # A client that looks why it does not get through also hangs up.
+                now = time.monotonic()
+                explained = {each: since for each, since in explained.items() if now - since < CLIENT_INTERVAL}
                 if reason and not (reason is HUNG_UP and address in explained):
                     notices.report(f"a client from {address} did not get through: {reason}")
                 if reason and reason is not HUNG_UP:
-                    explained = {*list(explained)[-CLIENT_LIMIT:], address}
+                    explained[address] = now
                 reason = ""
 
 

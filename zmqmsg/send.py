@@ -156,7 +156,7 @@ class Client:
                 return self._attempt(frames, time.monotonic() + self._timeout)
             except AttemptEnded as ended:
                 # A lost connection says more about the request than a later failure.
-                hint = hint if hint == CRASHED else ended.hint or hint
+                hint = hint if hint == CRASHED else ended.hint or hint * (not ended.final)
                 # If no server was ever there, another attempt would not find one either.
                 in_vain = not any(peer.was_ready for peer in self._peers)
                 if ended.final or in_vain or attempt > self._retries:
@@ -171,14 +171,16 @@ class Client:
         return NoReply(text) if self._sent else Failure(text)
 
     def _attempt(self, frames: Sequence[bytes], deadline: float) -> Reply:
-        peer = self._wait_for_peer(deadline)
-        started = time.perf_counter()  # monotonic() has steps of 15 ms on Windows
-        try:
+        while True:
+            peer = self._wait_for_peer(deadline)
+            started = time.perf_counter()  # monotonic() has steps of 15 ms on Windows
             try:
                 send(peer.link.socket, frames, DO_NOT_WAIT)
-            except zmq.Again:  # libzmq has just given the connection up, and sending would block for ever
-                raise AttemptEnded(f"connection to {peer.endpoint} lost") from None
-            self._sent = True
+                break
+            except zmq.Again:  # the connection has just ended; nothing was sent
+                peer.renew()
+        self._sent = True
+        try:
             if not (reply := receive_reply(peer, deadline)):
                 raise AttemptEnded(f"no reply from {peer.endpoint} within {self._timeout:g} s", UNANSWERED)
         except AttemptEnded:
@@ -194,7 +196,10 @@ class Client:
                 self._peers.append(ready[0])
                 return ready[0]
             fail_without_hope(self._peers)
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= deadline + OVERSLEPT:
+                deadline = now + OVERSLEPT  # libzmq's thread has not run either
+            elif now >= deadline:
                 endpoints = ", ".join(peer.endpoint for peer in self._peers)
                 why = "; ".join(dict.fromkeys(peer.trouble.reason for peer in self._peers))
                 for peer in self._peers:

@@ -19,7 +19,7 @@ from zmqmsg.quoting import count_of, describe
 from zmqmsg.sockets import ApplyKeys, Context, Socket, open_socket, receive, send, share_context
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 
-STOP_LIMIT = 5.0  # seconds after a request to stop in which requests are answered that were received by then
+STOP_LIMIT = 5.0  # seconds after a request to stop in which requests that have arrived are still answered
 RECEIVE_WAIT_MS = 20  # to wait for a request in recv, which takes one system call, before polling, which takes six
 
 
@@ -39,7 +39,7 @@ def run(
     client_keys: str | None,
     server_key: str | None,
 ) -> None:
-    """Answer requests until a signal comes or ``count`` is reached; options as of the command. Raises Failure."""
+    """Answer requests until a signal comes or ``count`` is reached; the options are the command's. Raises Failure."""
     attendant = Attendant()
     answer = choose_answer(reply, command, filter_command, form, attendant, max_size)
     # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
@@ -94,8 +94,8 @@ def flush(context: Context, server: "Server", attendant: Attendant) -> None:
         return
     how = "two signals end" if attendant.requested == math.inf else "a second signal ends"
     attendant.serving = False
-    attendant.withdraw(STOPPING)
-    attendant.expect(f"waiting for the last reply to reach its client; {how} it at once", NOTICE_DELAY)
+    attendant.notices.withdraw(STOPPING)
+    attendant.notices.expect(f"waiting for the last reply to reach its client; {how} it at once", NOTICE_DELAY)
     leave_signals_to_other_threads()  # pyzmq gives term() up if a signal interrupts it
     context.term()
 
@@ -122,7 +122,8 @@ class Server:
         self._output = output
         self._count = count
         self._verbose = verbose
-        self._unprinted = 0  # requests answered since the reader of the output is gone
+        self._unprinted = 0  # requests that were answered, but not printed, since the output is closed
+        self._closed_at = math.inf  # when that was noticed
 
     def run(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
         """Answer what comes to REP sockets, ``bound_sockets`` and those of ``peers``, until it is time to stop.
@@ -143,7 +144,7 @@ class Server:
     def _answer_all(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer]) -> None:
         sockets = bound_sockets
         while not self._is_over():
-            stopping = self._attendant.requested < math.inf
+            stopping = self._stopping_since() < math.inf
             if peers:
                 for peer in peers:
                     peer.update()
@@ -163,8 +164,11 @@ class Server:
         if self.served != self._count and self._is_over() and any(socket.poll(0) for socket in sockets):
             notify(f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered", "yellow")
 
+    def _stopping_since(self) -> float:
+        return min(self._attendant.requested, self._closed_at)
+
     def _is_over(self) -> bool:
-        return self.served == self._count or time.monotonic() >= self._attendant.requested + STOP_LIMIT
+        return self.served == self._count or time.monotonic() >= self._stopping_since() + STOP_LIMIT
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
         started = time.perf_counter() if self._verbose else 0  # monotonic() has steps of 15 ms on Windows
@@ -183,7 +187,7 @@ class Server:
                 self._output.write(request)
             except BrokenPipeError:
                 self._unprinted = 1
-                self._attendant.request_stop()
+                self._closed_at = time.monotonic()
 
 
 def name_peer(frame: zmq.Frame, *, authenticated: bool) -> str:

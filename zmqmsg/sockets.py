@@ -58,7 +58,7 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
     elif not (match := _TCP.fullmatch(endpoint)):
         problem = "is neither tcp://HOST:PORT (IPv6 in brackets) nor ipc://PATH"
     elif not bind and ("*" in match.groups() or not int(match["port"])):
-        problem = "has a wildcard, which only --bind accepts"
+        problem = "has a wildcard or port 0, which only --bind accepts"
     elif match["port"] != "*" and int(match["port"]) > 65535:  # which libzmq would wrap
         problem = "has a port above 65535"
     if problem:
@@ -74,7 +74,7 @@ def share_context() -> Context:
 
 
 def new_socket(context: Context, socket_type: int) -> Socket:
-    """Return a socket that drops at its end what is not sent yet; raise Failure if there are too many."""
+    """Return a socket that discards what is not sent yet when it is closed; raise Failure if there are too many."""
     try:
         socket = context.socket(socket_type)
     except zmq.ZMQError as error:
@@ -114,7 +114,7 @@ def open_socket(
 
 
 def open_monitor(socket: Socket, address: str, events: int) -> Socket:
-    """Return a socket that receives ``events`` of ``socket`` at an inproc ``address``; raise Failure as above."""
+    """Return a socket that receives ``events`` of ``socket`` at an inproc ``address``; raise Failure, as above."""
     monitor = new_socket(socket.context, zmq.PAIR)
     monitor.rcvhwm = 0  # a full monitor would stop libzmq's thread (libzmq issue 3745)
     try:
