@@ -102,8 +102,8 @@ class Process:
                     end_group(self._popen)  # here, since the main thread may wait for it to read
                     break
                 self.printed.put(chunk)
-        except OSError as error:
-            self.failure = f"cannot read what the command prints: {error.strerror}"
+        except (OSError, MemoryError) as error:
+            self.failure = f"cannot read what the command prints: {getattr(error, 'strerror', 'out of memory')}"
         self.printed.put(b"")
 
     def wait(self, seconds: float | None = None) -> int | None:

@@ -122,13 +122,13 @@ class Server:
         self._output = output
         self._count = count
         self._verbose = verbose
-        self._unprinted = 0  # requests that were answered, but not printed, since the output is closed
-        self._closed_at = math.inf  # when that was noticed
+        self._unprinted = 0  # requests that were answered, but not printed, since printing has failed
+        self._failed_at = math.inf  # when it failed
 
     def run(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
         """Answer what comes to REP sockets, ``bound_sockets`` and those of ``peers``, until it is time to stop.
 
-        When a stop is requested, or the output is closed, what lies ready then is answered: nobody else can. Raises
+        When a stop is requested, or printing fails, what has already arrived is answered: nobody else can. Raises
         Failure if there is nothing left to serve, if there can be no more replies, or if a request cannot be printed.
         """
         try:
@@ -137,9 +137,7 @@ class Server:
         except Unanswered as unanswered:
             notify(str(unanswered), "yellow")  # our own clients see the connection end, and ask again
         if self._unprinted:
-            raise Failure(
-                f"standard output is closed; {count_of(self._unprinted, 'request')} answered, but not printed"
-            )
+            raise Failure(f"{self._problem}; {count_of(self._unprinted, 'request')} answered, but not printed")
 
     def _answer_all(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer]) -> None:
         sockets = bound_sockets
@@ -165,7 +163,7 @@ class Server:
             notify(f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered", "yellow")
 
     def _stopping_since(self) -> float:
-        return min(self._attendant.requested, self._closed_at)
+        return min(self._attendant.requested, self._failed_at)
 
     def _is_over(self) -> bool:
         return self.served == self._count or time.monotonic() >= self._stopping_since() + STOP_LIMIT
@@ -185,9 +183,10 @@ class Server:
         elif self._output:
             try:
                 self._output.write(request)
-            except BrokenPipeError:
+            except (BrokenPipeError, Failure) as error:
+                self._problem = str(error) if isinstance(error, Failure) else "standard output is closed"
                 self._unprinted = 1
-                self._closed_at = time.monotonic()
+                self._failed_at = time.monotonic()
 
 
 def name_peer(frame: zmq.Frame, *, authenticated: bool) -> str:
