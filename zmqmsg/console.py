@@ -64,7 +64,7 @@ class Form(NamedTuple):
 
 def write_all(stream: Any, *parts: Any) -> None:
     """Write ``parts``, bytes or buffers, to an unbuffered stream, by one call if possible; raise OSError."""
-    left = [part for part in parts if part]
+    left = list(parts)
     try:
         while left:
             written = write_parts(stream, left)

@@ -141,17 +141,20 @@ class Server:
 
     def _answer_all(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer]) -> None:
         sockets = bound_sockets
-        while not self._is_over():
-            stopping = self._stopping_since() < math.inf
+        over = False
+        while not over:
+            stopping = self._attendant.requested < math.inf or self._unprinted > 0
             if peers:
                 for peer in peers:
                     peer.update()
                 sockets = [*bound_sockets, *(peer.link.socket for peer in peers)]
             idle = True
             for socket in sockets:
-                if not self._is_over() and (request := receive(socket)):
+                if request := receive(socket):
                     self._serve(socket, request)
                     idle = False
+                    if over := self.served == self._count or (stopping and self._is_late()):
+                        break
             if idle and stopping:
                 break
             if idle:
@@ -159,14 +162,11 @@ class Server:
                     fail_without_hope(peers)
                 self._answer.check()
                 wait(peers, [*sockets, *self._attendant.sources], math.inf)
-        if self.served != self._count and self._is_over() and any(socket.poll(0) for socket in sockets):
+        if over and self.served != self._count and any(socket.poll(0) for socket in sockets):
             notify(f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered", "yellow")
 
-    def _stopping_since(self) -> float:
-        return min(self._attendant.requested, self._failed_at)
-
-    def _is_over(self) -> bool:
-        return self.served == self._count or time.monotonic() >= self._stopping_since() + STOP_LIMIT
+    def _is_late(self) -> bool:
+        return time.monotonic() >= min(self._attendant.requested, self._failed_at) + STOP_LIMIT
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
         started = time.perf_counter() if self._verbose else 0  # monotonic() has steps of 15 ms on Windows

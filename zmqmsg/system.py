@@ -66,7 +66,7 @@ def others_may_read(status: os.stat_result) -> bool:
 
 def write_parts(stream: Any, parts: Sequence[Any]) -> int | None:
     """Write ``parts``, by one call where there is one, and return how many bytes; None if that would block."""
-    if sys.platform != "win32" and len(parts) > 1 and len(parts[0]) < WRITEV_LIMIT:
+    if len(parts) > 1 and sys.platform != "win32" and len(parts[0]) < WRITEV_LIMIT:
         with suppress(BlockingIOError):
             return os.writev(stream.fileno(), parts)
         return None
