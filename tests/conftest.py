@@ -37,10 +37,11 @@ LIMIT = 20  # seconds after which something that should have happened will not
 def pytest_configure(config: pytest.Config) -> None:
     if not hasattr(config, "workerinput"):  # once, and not in each process that a test starts
         compileall.compile_dir(Path(zmqmsg.__file__).parent, quiet=1)
-    # A shell has its background jobs ignore Ctrl-C, and nohup hangups, and all that they start would do so as well.
+    # A shell lets its background jobs ignore Ctrl-C and Ctrl-\, and nohup hangups; so would all that they start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        signal.signal(signal.SIGQUIT, signal.SIG_DFL)
 
 
 Start = Callable[..., "Process"]
