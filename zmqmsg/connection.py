@@ -38,7 +38,7 @@ CONNECT_RETRIED = int(zmq.EVENT_CONNECT_RETRIED)
 ENDED = HANDSHAKE_FAILED | CONNECT_RETRIED | int(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
 
 NO_ANSWER = Finding("no answer yet")
-UNFINISHED = Finding("connected, but the ZeroMQ handshake is not finished yet")
+UNFINISHED = Finding("the ZeroMQ handshake is not finished yet; the server is slow, or cannot check clients just now")
 HANDSHAKE_FAILING = Finding("connected, but the ZeroMQ handshake fails")
 CURVE_FAILING = Finding("CURVE handshake failing; check --server-key, or the server cannot check clients just now")
 NOT_LET_IN = Finding("it refused: the server does not let us in", hopeless=True)
