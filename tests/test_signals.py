@@ -140,7 +140,7 @@ def test_children_of_an_ignored_sigchld_keep_their_exit_status(context: Context,
 
 
 def test_a_command_that_leaves_its_output_open_is_told_as_that(context: Context, serve: Serve) -> None:
-    server, endpoint = serve("--exec", "echo done; sleep 5.5 &")
+    server, endpoint = serve("--exec", "echo done; sleep 8 &")
     assert ask(context, endpoint, b"x") == [b"done\n"]
     server.wait_for_notice("the command, or something that it has started, still goes on after 5 s, .*/dev/null &")
 
