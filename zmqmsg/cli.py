@@ -146,12 +146,18 @@ command = partial(option, metavar="COMMAND")
 count = partial(option, "-n", "--count", type=click.IntRange(min=1), metavar="N")
 retries = partial(option, "-r", "--retries", type=click.IntRange(min=0), metavar="N", default=3, show_default=True)
 
-# Options that both commands have
-null = flag("-0", "--null", help="End messages with NUL instead of newline.")
-quoted = flag("-Q", "--quoted", help="One line per message: frames separated by TAB, special bytes escaped.")
-raw = flag("--raw", help="Print messages as they are, with nothing after them.")
-max_size = option("--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames.")
-key = option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing.")
+
+def shared_options(function: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the options that both have."""
+    for decorate in (  # from the last one in the help page to the first
+        option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing."),
+        option("--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames."),
+        flag("--raw", help="Print messages as they are, with nothing after them."),
+        flag("-Q", "--quoted", help="One line per message: frames separated by TAB, special bytes escaped."),
+        flag("-0", "--null", help="End messages with NUL instead of newline."),
+    ):
+        function = decorate(function)
+    return function
 
 
 @cli.command()
@@ -163,11 +169,7 @@ key = option("--key", type=KEY_FILE, help="Your CURVE secret key file; created i
 @count(help="Stop after N requests.")
 @flag("-q", "--quiet", help="Do not print requests.")
 @flag("-v", "--verbose", help="Report who asked, how much, and how long the answer took.")
-@null
-@quoted
-@raw
-@max_size
-@key
+@shared_options
 @option("--client-keys", type=KeyPath(), help="Accept only clients whose public keys are in this file or directory.")
 @option("--server-key", type=KEY_FILE, help="The broker's CURVE public key file (with --connect).")
 def serve(**options: Any) -> None:
@@ -201,11 +203,7 @@ def serve(**options: Any) -> None:
 @option("-f", "--file", type=INPUT_FILE, multiple=True, help="Send a whole file (- for standard input); repeatable.")
 @flag("-m", "--multipart", help="Send all messages as the frames of one request.")
 @flag("-v", "--verbose", help="Report connections, who replied, how much, and after how long.")
-@null
-@quoted
-@raw
-@max_size
-@key
+@shared_options
 @option("--server-key", type=KEY_FILE, help="The server's CURVE public key file.")
 @click.argument("message", nargs=-1)
 def send(**options: Any) -> None:
