@@ -129,7 +129,7 @@ class Peer:
         link = self.link
         if wait := self._wait:
             wait.handshake_trouble = link.handshake_trouble or wait.handshake_trouble
-            if wait.addresses and link.ended and not link.connected:
+            if wait.addresses and link.ended and link.connected_at == math.inf:
                 self._next_connect = 0  # an address that does not accept connections holds up none of the others
         link.close()
         self.link = Link(self._open_socket())
@@ -218,8 +218,7 @@ class Link:
         self.socket = socket
         self.uses_curve = socket.mechanism == zmq.CURVE
         self.begun = False  # whether it was told to connect
-        self.connected = False  # whether there is, or was, a TCP connection
-        self.connected_at = math.inf  # by time.monotonic()
+        self.connected_at = math.inf  # when a TCP connection was made, by time.monotonic()
         self.ready = False  # whether requests may be sent, as the Peer has found out
         self._events = 0  # all that have happened
         self._zap_status = 0  # why the peer has refused us
@@ -244,7 +243,7 @@ class Link:
         """How the handshake has failed, if it has."""
         if self._zap_status:
             return NOT_REFUSED_FOR_GOOD.get(self._zap_status, KEY_NOT_KNOWN if self.uses_curve else NOT_LET_IN)
-        if self.ended and self.connected and not self.handshake_done:
+        if self.ended and self.connected_at < math.inf and not self.handshake_done:
             return CURVE_FAILING if self.uses_curve else HANDSHAKE_FAILING
         return None
 
@@ -263,7 +262,7 @@ class Link:
             event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
             self._events |= event
             if event == CONNECTED:
-                self.connected, self.connected_at = True, time.monotonic()
+                self.connected_at = time.monotonic()
             elif event == HANDSHAKE_REFUSED:
                 self._zap_status = value
 
@@ -285,7 +284,7 @@ class Link:
         self.read_events()
         # First; otherwise libzmq's I/O thread waits for ever to send an event of the closing to a monitor that is gone.
         self.socket.disable_monitor()
-        self.socket.close(None if self.connected and not self.ended else 0)
+        self.socket.close(None if self.connected_at < math.inf and not self.ended else 0)
         self.monitor.close()
 
 

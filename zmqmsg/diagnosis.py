@@ -219,7 +219,7 @@ def judge(socket_type: str, wanted: Collection[str], *, old: str = "", curve: bo
         return Finding(f"it speaks {old}, which is too old for CURVE", hopeless=True)
     if not socket_type or socket_type in wanted:
         return OLD_PEER if old else Finding("")
-    return Finding(f"it is a {socket_type} socket, not a {' or '.join(wanted)}", hopeless=True, old=bool(old))
+    return Finding(f"it is a {socket_type} socket, not a {' or '.join(wanted)}", hopeless=True)
 
 
 def read(peer: "socket", received: bytes, size: int) -> bytes:

@@ -156,7 +156,7 @@ class Client:
                 return self._attempt(frames, time.monotonic() + self._timeout)
             except AttemptEnded as ended:
                 # A lost connection says more about the request than a later failure.
-                hint = hint if hint == CRASHED else ended.hint or hint * (not ended.final)
+                hint = hint if hint == CRASHED else ended.hint or ("" if ended.final else hint)
                 # If no server was ever there, another attempt would not find one either.
                 in_vain = not any(peer.was_ready for peer in self._peers)
                 if ended.final or in_vain or attempt > self._retries:
@@ -197,13 +197,12 @@ class Client:
                 return ready[0]
             fail_without_hope(self._peers)
             now = time.monotonic()
-            if now >= deadline + OVERSLEPT:
-                deadline = now + OVERSLEPT  # libzmq's thread has not run either
-            elif now >= deadline:
+            deadline = allow_for_sleep(deadline, now)
+            if now >= deadline:
                 endpoints = ", ".join(peer.endpoint for peer in self._peers)
                 why = "; ".join(dict.fromkeys(peer.trouble.reason for peer in self._peers))
                 for peer in self._peers:
-                    if peer.link.connected:  # and stuck in its handshake
+                    if peer.link.connected_at < math.inf:  # and stuck in its handshake
                         peer.renew()
                 raise AttemptEnded(f"no server at {endpoints} within {self._timeout:g} s: {why}")
             wait(self._peers, [], deadline)
@@ -228,10 +227,14 @@ def receive_reply(peer: Peer, deadline: float) -> list[zmq.Frame]:
         if ended:
             raise AttemptEnded(f"connection to {peer.endpoint} lost", CRASHED)
         now = time.monotonic()
-        if now >= deadline + OVERSLEPT:
-            deadline = now + OVERSLEPT  # libzmq's thread has not run either
-        elif now >= deadline:
+        deadline = allow_for_sleep(deadline, now)
+        if now >= deadline:
             return []
         if now >= notice_at:
             notify(f"waiting for a reply from {peer.endpoint}")
             notice_at = math.inf
+
+
+def allow_for_sleep(deadline: float, now: float) -> float:
+    """Return ``deadline``, or a later one if the process was stopped: libzmq's thread has not run either."""
+    return now + OVERSLEPT if now >= deadline + OVERSLEPT else deadline

@@ -124,6 +124,7 @@ class Server:
         self._verbose = verbose
         self._unprinted = 0  # requests that were answered, but not printed, since printing has failed
         self._failed_at = math.inf  # when it failed
+        self._problem = ""  # why
 
     def run(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
         """Answer what comes to REP sockets, ``bound_sockets`` and those of ``peers``, until it is time to stop.
