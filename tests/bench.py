@@ -121,7 +121,9 @@ class Result(NamedTuple):
         ratio = median(map(float.__truediv__, self.ours, self.theirs)) if self.theirs else 0
         figure = median(self.ours) if self.limit.endswith(self.unit) else ratio
         bound = float(self.limit.split()[1]) if self.limit else 0
-        missed = bool(self.limit) and (figure > bound if self.limit.startswith("<=") else figure < bound)
+        missed = bool(self.limit) and (
+            figure > bound if self.limit.startswith("<=") else figure < bound
+        )
         shown = f"{ratio:.2f}" if self.theirs else ""
         loaded = bool(self.theirs) and max(self.theirs) > STEADY * min(self.theirs)
         limit = self.limit + (" not judged: loaded machine" if loaded else " missed") * missed
@@ -131,7 +133,11 @@ class Result(NamedTuple):
 def describe(figures: Sequence[float]) -> str:
     """Return the median, and the least and the greatest."""
     digits = max(0, 3 - len(f"{median(figures):.0f}")) if figures else 0
-    shown = [f"{figure:.{digits}f}" for figure in (median(figures), min(figures), max(figures))] if figures else [""]
+    shown = (
+        [f"{figure:.{digits}f}" for figure in (median(figures), min(figures), max(figures))]
+        if figures
+        else [""]
+    )
     return "{} ({} - {})".format(*shown) if len(figures) > 1 else shown[0]
 
 
@@ -160,7 +166,10 @@ def serving(command: Sequence[object], **streams: Any) -> Iterator[tuple[str, Pr
     """Run a server for the time of the context, which gets its endpoint as well."""
     with running(command, stderr=subprocess.PIPE, **streams) as process:
         assert process.stderr
-        yield next(line.split()[-1].decode() for line in process.stderr if b"listening on" in line), process
+        yield (
+            next(line.split()[-1].decode() for line in process.stderr if b"listening on" in line),
+            process,
+        )
 
 
 def find_free_endpoint() -> str:
@@ -182,7 +191,9 @@ def time_run(command: Sequence[object], lines: bytes = b"") -> float:
 
 def time_message(command: Sequence[object]) -> float:
     """Return the microseconds that a sender takes for one message, its start-up taken out."""
-    few, many = (b"".join(b"%d\n" % number for number in range(size)) for size in (100, 100 + MESSAGES))
+    few, many = (
+        b"".join(b"%d\n" % number for number in range(size)) for size in (100, 100 + MESSAGES)
+    )
     start_up = time_run(command, few)
     return (time_run(command, many) - start_up) * 1000 / MESSAGES
 
@@ -191,7 +202,9 @@ def measure_message() -> Results:
     source = FOLDER / "loop.c"
     source.write_text(LOOP_IN_C)
     compiler = shutil.which("cc") or "false"
-    compiled = subprocess.run([compiler, "-O2", "-o", FOLDER / "loop", source, "-lzmq"], capture_output=True)
+    compiled = subprocess.run(
+        [compiler, "-O2", "-o", FOLDER / "loop", source, "-lzmq"], capture_output=True
+    )
     with serving(ECHO) as (endpoint, _):
         sides: list[list[object]] = [
             [*SEND, endpoint],
@@ -238,7 +251,9 @@ def measure_quoted_message() -> Results:
 
 
 def measure_reply() -> Results:
-    sides = (partial(count_requests, [*QUIET, *options], 16) for options in (["--reply", "hello"], []))
+    sides = (
+        partial(count_requests, [*QUIET, *options], 16) for options in (["--reply", "hello"], [])
+    )
     ours, theirs = take_turns(*sides, rounds=9)
     yield Result("requests/s", ours, "echo", theirs, ">= 0.95")
 
@@ -247,7 +262,9 @@ def measure_programs() -> Results:
     commands = [[*QUIET, "--exec", "cat"], [*QUIET, "--filter", "cat"], QUIET]
     with ExitStack() as stack:
         endpoints = [stack.enter_context(serving(command))[0] for command in commands]
-        for_each, filtered, echo = take_turns(*(partial(time_request, endpoint) for endpoint in endpoints))
+        for_each, filtered, echo = take_turns(
+            *(partial(time_request, endpoint) for endpoint in endpoints)
+        )
     yield Result("ms", for_each, "echo", echo, part="--exec cat")
     yield Result("ms", filtered, "echo", echo, "<= 0.3 ms", part="--filter cat")
     yield Result("ms", filtered, "--exec cat", for_each, part="--filter cat")
@@ -269,7 +286,10 @@ def time_request(endpoint: str, count: int = 50) -> float:
 def measure_start() -> Results:
     script = Path(sys.executable).with_name("zmqmsg")
     nngcat, free = shutil.which("nngcat"), find_free_endpoint()
-    with serving(ECHO) as (endpoint, _), running([nngcat or "true", "--rep", "--listen", free, "--data", "hi"]):
+    with (
+        serving(ECHO) as (endpoint, _),
+        running([nngcat or "true", "--rep", "--listen", free, "--data", "hi"]),
+    ):
         (FOLDER / "bare.py").write_text(BARE_SCRIPT.replace("ENDPOINT", endpoint))
         sides = [
             [*([script] if script.exists() else SEND[:3]), *SEND[3:], endpoint, "hi"],
@@ -288,21 +308,40 @@ def measure_instructions() -> Results:
     with serving(ECHO) as (endpoint, _):
         (FOLDER / "bare.py").write_text(BARE_SCRIPT.replace("ENDPOINT", endpoint))
         bare = count_instructions([sys.executable, FOLDER / "bare.py", "hi"])
-        yield Result("million", [count_instructions([*SEND, endpoint, "hi"])], "bare script", [bare], "<= 1.00")
+        yield Result(
+            "million",
+            [count_instructions([*SEND, endpoint, "hi"])],
+            "bare script",
+            [bare],
+            "<= 1.00",
+        )
     yield Result(
-        "million", [count_instructions([*SEND[:3], "send", "--help"])], "bare script", [bare], part=" (--help)"
+        "million",
+        [count_instructions([*SEND[:3], "send", "--help"])],
+        "bare script",
+        [bare],
+        part=" (--help)",
     )
 
 
 def count_instructions(command: Sequence[object]) -> float:
     """Return the millions of instructions that a process takes, of which some vary with the hashes of strings."""
-    valgrind = ["valgrind", "--tool=callgrind", f"--callgrind-out-file={FOLDER}/callgrind", *map(str, command)]
-    done = subprocess.run(valgrind, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "0"}, check=True)
+    valgrind = [
+        "valgrind",
+        "--tool=callgrind",
+        f"--callgrind-out-file={FOLDER}/callgrind",
+        *map(str, command),
+    ]
+    done = subprocess.run(
+        valgrind, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "0"}, check=True
+    )
     return int(done.stderr.partition(b"Collected : ")[2].split()[0]) / 1e6
 
 
 def measure_serve(clients: int, quiet: bool) -> Results:
-    sides = (partial(count_requests, command, clients) for command in (QUIET if quiet else SERVE, ECHO))
+    sides = (
+        partial(count_requests, command, clients) for command in (QUIET if quiet else SERVE, ECHO)
+    )
     ours, theirs = take_turns(*sides, rounds=9)
     yield Result("requests/s", ours, "bare loop", theirs, ">= 0.95" if quiet else ">= 0.85")
 
@@ -318,7 +357,9 @@ def count_requests(command: Sequence[object], clients: int, seconds: float = 0.3
         poll = stack.enter_context(select.epoll())
         sockets = {}
         for _ in range(clients):
-            client = stack.enter_context(socket.create_connection(("127.0.0.1", endpoint.split(":")[-1])))
+            client = stack.enter_context(
+                socket.create_connection(("127.0.0.1", endpoint.split(":")[-1]))
+            )
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             client.sendall(GREETING + READY)
             size = client.recv(len(GREETING) + 2, socket.MSG_WAITALL)[-1]
@@ -342,7 +383,14 @@ def measure_large() -> Results:
         quiet, printed, bare = (list(zip(*side, strict=True)) for side in take_turns(*sides))
     for ours, part, limit in (quiet, ", --quiet", "<= 1.10"), (printed, ", > file", ""):
         yield Result("ms", ours[0], "zero-copy loop", bare[0], limit, part)
-        yield Result("messages", ours[1], "zero-copy loop", bare[1], "<= 1.5 messages", part + ", peak memory")
+        yield Result(
+            "messages",
+            ours[1],
+            "zero-copy loop",
+            bare[1],
+            "<= 1.5 messages",
+            part + ", peak memory",
+        )
 
 
 def echo_large(command: Sequence[object], file: Any) -> tuple[float, float]:
@@ -375,7 +423,11 @@ def read_memory(process: Process, field: str) -> int:
 
 def measure_stream() -> Results:
     line, replies = b"hello there\n", FOLDER / "replies"
-    with open(FOLDER / "requests", "wb") as requests, open(replies, "wb") as file, ExitStack() as stack:
+    with (
+        open(FOLDER / "requests", "wb") as requests,
+        open(replies, "wb") as file,
+        ExitStack() as stack,
+    ):
         endpoint, server = stack.enter_context(serving(SERVE, stdout=requests))
         sender = stack.enter_context(running([*SEND, endpoint], stdin=subprocess.PIPE, stdout=file))
 
@@ -394,13 +446,19 @@ def measure_stream() -> Results:
 
 
 def measure_idle() -> Results:
-    with serving(SERVE) as (endpoint, server), running([*SEND, find_free_endpoint(), "hi"]) as lonely:
+    with (
+        serving(SERVE) as (endpoint, server),
+        running([*SEND, find_free_endpoint(), "hi"]) as lonely,
+    ):
         with running([*SEND, endpoint], stdin=subprocess.PIPE) as reading:
             names = {"serve": server, "send, no server": lonely, "send, no input": reading}
             time.sleep(1.5)
             before = [spend(process) for process in names.values()]
             time.sleep(3)
-            spent = [(spend(process) - first) / 3 for process, first in zip(names.values(), before, strict=True)]
+            spent = [
+                (spend(process) - first) / 3
+                for process, first in zip(names.values(), before, strict=True)
+            ]
     for name, figure in zip(names, spent, strict=True):
         yield Result("ms/s", [figure], limit="<= 5 ms/s", part=name)
 
@@ -418,7 +476,9 @@ ROWS: dict[str, Callable[[], Results]] = {
     "send hi": measure_start,
     "send hi, instructions": measure_instructions,
     **{
-        f"serve {'--quiet' if quiet else '> file'}, clients: {clients}": partial(measure_serve, clients, quiet)
+        f"serve {'--quiet' if quiet else '> file'}, clients: {clients}": partial(
+            measure_serve, clients, quiet
+        )
         for quiet in (True, False)
         for clients in (1, 16, 64, 256)
     },
@@ -438,7 +498,9 @@ def give_up(*_signal: object) -> None:
 def main() -> None:
     """Measure, and print the table."""
     signal.signal(signal.SIGALRM, give_up)
-    compileall.compile_dir(Path(__file__).parent.parent / "zmqmsg", quiet=1)  # as an installation does
+    compileall.compile_dir(
+        Path(__file__).parent.parent / "zmqmsg", quiet=1
+    )  # as an installation does
     words = [word for word in sys.argv[1:] if word != "--full"]
     lines: list[tuple[str, ...]] = [("work", "unit", "zmqmsg", "against", "", "ratio", "limit")]
     for name, measure in ROWS.items():

@@ -29,7 +29,9 @@ from zmqmsg.sockets import Context, Socket, open_socket
 COMMAND = [sys.executable, "-m", "zmqmsg"]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
 WINDOWS = pytest.mark.skipif(sys.platform != "win32", reason="needs Windows")
-POSIX = pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX: its shell, signals, pipes or Unix sockets")
+POSIX = pytest.mark.skipif(
+    sys.platform == "win32", reason="needs POSIX: its shell, signals, pipes or Unix sockets"
+)
 soak = pytest.mark.soak
 LIMIT = 20  # seconds after which something that should have happened will not
 
@@ -55,9 +57,19 @@ def press_ctrl_c(popen: "subprocess.Popen[bytes]") -> None:
 
     kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
     pointer = ctypes.c_void_p
-    kernel.GetModuleHandleW.restype = kernel.GetProcAddress.restype = kernel.CreateRemoteThread.restype = pointer
+    kernel.GetModuleHandleW.restype = kernel.GetProcAddress.restype = (
+        kernel.CreateRemoteThread.restype
+    ) = pointer
     kernel.GetProcAddress.argtypes = [pointer, ctypes.c_char_p]
-    kernel.CreateRemoteThread.argtypes = [pointer, pointer, ctypes.c_size_t, pointer, pointer, ctypes.c_uint, pointer]
+    kernel.CreateRemoteThread.argtypes = [
+        pointer,
+        pointer,
+        ctypes.c_size_t,
+        pointer,
+        pointer,
+        ctypes.c_uint,
+        pointer,
+    ]
     routine = kernel.GetProcAddress(kernel.GetModuleHandleW("kernelbase"), b"CtrlRoutine")
     kernel.CreateRemoteThread(int(popen._handle), None, 0, routine, 0, 0, None)  # type: ignore[attr-defined]
 
@@ -66,8 +78,14 @@ class Process:
     """A zmqmsg that runs, with its standard error read line by line as it comes."""
 
     def __init__(self, *arguments: str | bytes, **options: Any) -> None:
-        streams: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        self.popen: subprocess.Popen[bytes] = subprocess.Popen([*COMMAND, *arguments], **streams | options)
+        streams: dict[str, Any] = {
+            "stdin": subprocess.PIPE,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+        }
+        self.popen: subprocess.Popen[bytes] = subprocess.Popen(
+            [*COMMAND, *arguments], **streams | options
+        )
         self.notices: list[str] = []
         self._more = threading.Condition()
         self._reader = threading.Thread(target=self._read_notices)
@@ -180,10 +198,16 @@ def send() -> Send:
     """Run ``zmqmsg send`` to its end with further arguments, and return how it ended."""
 
     def send(*arguments: str | bytes, **options: Any) -> subprocess.CompletedProcess[bytes]:
-        given: dict[str, Any] = {"capture_output": True, "timeout": LIMIT, "stdin": subprocess.DEVNULL}
+        given: dict[str, Any] = {
+            "capture_output": True,
+            "timeout": LIMIT,
+            "stdin": subprocess.DEVNULL,
+        }
         if "input" in options:
             del given["stdin"]
-        done: subprocess.CompletedProcess[bytes] = subprocess.run([*COMMAND, "send", *arguments], **given | options)
+        done: subprocess.CompletedProcess[bytes] = subprocess.run(
+            [*COMMAND, "send", *arguments], **given | options
+        )
         return done
 
     return send
@@ -244,7 +268,9 @@ def await_end(endpoint: str) -> None:
 
 
 @contextmanager
-def listening(talk: Callable[[socket.socket], object], endpoint: str = "tcp://127.0.0.1:0") -> Iterator[str]:
+def listening(
+    talk: Callable[[socket.socket], object], endpoint: str = "tcp://127.0.0.1:0"
+) -> Iterator[str]:
     """Listen, and let ``talk`` deal with each connection in a thread, and close it; the context gets the endpoint."""
     connections: list[socket.socket] = []
     threads: list[threading.Thread] = []
@@ -288,7 +314,9 @@ Forward = Callable[[bytes, socket.socket, bool], object]
 
 @contextmanager
 def relay(
-    endpoint: str, forward: Forward = lambda data, target, upstream: target.sendall(data), chunk: int = 65536
+    endpoint: str,
+    forward: Forward = lambda data, target, upstream: target.sendall(data),
+    chunk: int = 65536,
 ) -> Iterator[str]:
     """Relay TCP connections to ``endpoint``, through ``forward``; the context gets where to connect instead.
 
@@ -340,7 +368,9 @@ def broker(
         thread.join(LIMIT)
 
 
-def open_server(context: Context, socket_type: int, endpoint: str = "tcp://127.0.0.1:*") -> tuple[Socket, str]:
+def open_server(
+    context: Context, socket_type: int, endpoint: str = "tcp://127.0.0.1:*"
+) -> tuple[Socket, str]:
     """Bind a plain socket of pyzmq that does not wait for ever; return it and its real endpoint."""
     server = context.socket(socket_type)
     server.rcvtimeo = LIMIT * 1000
@@ -352,7 +382,9 @@ QUOTED = Form.choose(null=False, quoted=True, raw=False)
 
 
 @contextmanager
-def answering(context: Context, answer: Answer, count: int, endpoint: str = "inproc://server") -> Iterator[str]:
+def answering(
+    context: Context, answer: Answer, count: int, endpoint: str = "inproc://server"
+) -> Iterator[str]:
     """Let a Server answer ``count`` requests in a thread; the context gets the real endpoint."""
     with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
         server = Server(answer, Attendant(), count=count)

@@ -14,7 +14,9 @@ from zmqmsg.sockets import Context
 from conftest import PLAIN, POSIX, QUOTED, answering, ask
 
 
-def reply(context: Context, text: str, *requests: list[bytes], form: Form = PLAIN) -> list[list[bytes]]:
+def reply(
+    context: Context, text: str, *requests: list[bytes], form: Form = PLAIN
+) -> list[list[bytes]]:
     """Let a command reply to ``requests``, each a list of frames, and return the replies."""
     with answering(context, Command(text, form, Attendant(), 1 << 26), len(requests)) as endpoint:
         return [ask(context, endpoint, *request) for request in requests]
@@ -22,7 +24,9 @@ def reply(context: Context, text: str, *requests: list[bytes], form: Form = PLAI
 
 @POSIX
 def test_a_command_that_is_cat_is_the_echo(context: Context) -> None:
-    requests = [[body] for body in (b"", b"\n", b"\0", b"no newline", b"two\n\n", bytes(range(256)))]
+    requests = [
+        [body] for body in (b"", b"\n", b"\0", b"no newline", b"two\n\n", bytes(range(256)))
+    ]
     assert reply(context, "cat", *requests) == requests
 
 
@@ -39,10 +43,20 @@ LARGE = os.urandom(3_000_000)
         ("exec <&-; echo closed", LARGE, b"closed\n"),
         ("sleep 1.1; cat", LARGE, None),
     ],
-    ids=["64 MiB", "reads nothing", "prints much before it reads", "closes its input", "takes more than a second"],
+    ids=[
+        "64 MiB",
+        "reads nothing",
+        "prints much before it reads",
+        "closes its input",
+        "takes more than a second",
+    ],
 )
 def test_a_command_may_read_and_print_as_it_likes(
-    context: Context, capfd: pytest.CaptureFixture[str], text: str, body: bytes, printed: bytes | None
+    context: Context,
+    capfd: pytest.CaptureFixture[str],
+    text: str,
+    body: bytes,
+    printed: bytes | None,
 ) -> None:
     assert reply(context, text, [body]) == [[body if printed is None else printed]]
     assert capfd.readouterr().err == ""
@@ -68,9 +82,21 @@ def test_what_a_command_that_fails_has_printed_is_the_reply(
 
 
 @POSIX
-def test_no_request_injects_anything(context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_request_injects_anything(
+    context: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
-    attempts = [b"'; %b; '", b'"; %b; "', b"$(%b)", b"`%b`", b"\n%b\n", b"; %b #", b"& %b &", b"| %b", b"x=%b\0%b"]
+    attempts = [
+        b"'; %b; '",
+        b'"; %b; "',
+        b"$(%b)",
+        b"`%b`",
+        b"\n%b\n",
+        b"; %b #",
+        b"& %b &",
+        b"| %b",
+        b"x=%b\0%b",
+    ]
     bodies = [attempt.replace(b"%b", b"touch injected") for attempt in attempts]
     replies = reply(context, 'cat; echo "$0 $# $*"; env', *([body] for body in bodies))
     for body, (printed,) in zip(bodies, replies, strict=True):
@@ -94,7 +120,12 @@ def test_no_request_injects_anything(context: Context, tmp_path: Path, monkeypat
     ],
 )
 def test_with_quoted_a_command_reads_one_line_and_prints_one(
-    context: Context, capfd: pytest.CaptureFixture[str], text: str, sent: list[bytes], printed: list[bytes], notice: str
+    context: Context,
+    capfd: pytest.CaptureFixture[str],
+    text: str,
+    sent: list[bytes],
+    printed: list[bytes],
+    notice: str,
 ) -> None:
     assert reply(context, text, sent, form=QUOTED) == [printed]
     notices = capfd.readouterr().err

@@ -20,14 +20,22 @@ PROFILE = {"PYTHONPROFILEIMPORTTIME": "1"}  # lets Python say on standard error 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run zmqmsg to its end, with further variables in its environment."""
     return subprocess.run(
-        [*COMMAND, *arguments], env=os.environ | environment, input="", capture_output=True, text=True, timeout=LIMIT
+        [*COMMAND, *arguments],
+        env=os.environ | environment,
+        input="",
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
     )
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("send -c localhost:5555", ["'localhost:5555'", "tcp://127.0.0.1:5555", "zmqmsg send --help"]),
+        (
+            "send -c localhost:5555",
+            ["'localhost:5555'", "tcp://127.0.0.1:5555", "zmqmsg send --help"],
+        ),
         ("serve -b ipc://", ["'ipc://'", "example"]),
         ("serve -n 0", ["'--count'", "0 is not", "x>=1"]),
         ("serve --max-size 12parsecs", ["'12parsecs'", "64M"]),
@@ -68,7 +76,11 @@ def test_without_a_command_there_is_help_and_the_status_of_wrong_usage() -> None
 @pytest.mark.parametrize("option", ["-h", "--help"])
 @pytest.mark.parametrize(
     ("command", "words"),
-    [([], "README completion"), (["serve"], "--exec --client-keys Exit 2"), (["send"], "--retries --quoted Exit 3")],
+    [
+        ([], "README completion"),
+        (["serve"], "--exec --client-keys Exit 2"),
+        (["send"], "--retries --quoted Exit 3"),
+    ],
 )
 def test_help_pages_fit_80_columns(command: list[str], words: str, option: str) -> None:
     done = run(*command, option, COLUMNS="200")
@@ -83,7 +95,9 @@ def test_help_pages_fit_80_columns(command: list[str], words: str, option: str) 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"]])
 def test_help_that_cannot_be_written_is_a_failure_in_one_line(arguments: list[str]) -> None:
     with open("/dev/full", "wb") as full:
-        done = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, timeout=LIMIT)
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, timeout=LIMIT
+        )
     assert (done.returncode, done.stderr) == (1, b"zmqmsg: No space left on device\n")
 
 
@@ -97,16 +111,30 @@ def test_the_module_and_the_script_are_the_same(command: list[str]) -> None:
         subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=LIMIT).stdout
         for arguments in (["--version"], ["send", "--help"])
     )
-    assert re.fullmatch(rf"zmqmsg [0-9.]+, pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}\n", version)
+    assert re.fullmatch(
+        rf"zmqmsg [0-9.]+, pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}\n", version
+    )
     assert page == run("send", "--help").stdout
 
 
 @POSIX
-@pytest.mark.parametrize("arguments", ["send -t 0.1 -c tcp://localhost:1 x", "send -t 0.1 -c ipc:///none x", "serve"])
+@pytest.mark.parametrize(
+    "arguments", ["send -t 0.1 -c tcp://localhost:1 x", "send -t 0.1 -c ipc:///none x", "serve"]
+)
 def test_too_few_descriptors_are_told_in_one_line(arguments: str) -> None:
-    server = ["--bind", "tcp://127.0.0.1:*", "--client-keys", "/none", "--key", "/dev/null"] * ("serve" in arguments)
+    server = ["--bind", "tcp://127.0.0.1:*", "--client-keys", "/none", "--key", "/dev/null"] * (
+        "serve" in arguments
+    )
     for limit in range(12, 34, 3):
-        given = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *COMMAND, *arguments.split(), *server]
+        given = [
+            "sh",
+            "-c",
+            f'ulimit -n {limit}; exec "$@"',
+            "sh",
+            *COMMAND,
+            *arguments.split(),
+            *server,
+        ]
         done = subprocess.run(given, capture_output=True, timeout=LIMIT)
         assert done.returncode in (1, 2), limit
         assert done.stderr.startswith(b"zmqmsg: "), limit
@@ -137,11 +165,15 @@ def invoke(*arguments: str, **environment: str) -> tuple[int, str]:
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
 def test_every_option_can_come_from_the_environment(command: str, option: str) -> None:
     """A value that is wrong for the option, or contradicts another one, is wrong usage."""
-    other = {"--reply": ["--exec", "cat"]}.get(option, ["--reply", "x"] if option in ("--exec", "--filter") else [])
+    other = {"--reply": ["--exec", "cat"]}.get(
+        option, ["--reply", "x"] if option in ("--exec", "--filter") else []
+    )
     assert invoke(command, *other, **{variable(command, option): "/dev/null/wrong"})[0] == 2
 
 
-def test_the_environment_separates_endpoints_by_spaces_and_files_by_colons(echo: str, tmp_path: Path) -> None:
+def test_the_environment_separates_endpoints_by_spaces_and_files_by_colons(
+    echo: str, tmp_path: Path
+) -> None:
     paths = [tmp_path / "one", tmp_path / "two"]
     for path in paths:
         path.write_text(path.name)
@@ -155,8 +187,12 @@ EMPTY_IS_A_VALUE = ["--reply"]
 
 
 @pytest.mark.parametrize("value", ["", "  "], ids=["empty", "blank"])
-@pytest.mark.parametrize(("command", "option"), [pair for pair in OPTIONS if pair[1] not in FLAGS + EMPTY_IS_A_VALUE])
-def test_a_variable_without_a_value_is_the_option_without_one(command: str, option: str, value: str) -> None:
+@pytest.mark.parametrize(
+    ("command", "option"), [pair for pair in OPTIONS if pair[1] not in FLAGS + EMPTY_IS_A_VALUE]
+)
+def test_a_variable_without_a_value_is_the_option_without_one(
+    command: str, option: str, value: str
+) -> None:
     """A secret that renders empty must not turn authentication off, nor anything else be taken as not given."""
     given = invoke(command, f"{option}=")
     assert given[0] == 2
@@ -166,7 +202,9 @@ def test_a_variable_without_a_value_is_the_option_without_one(command: str, opti
 @pytest.mark.parametrize("value", ["", "  "], ids=["empty", "blank"])
 def test_a_flag_may_be_empty_and_so_may_a_reply(serve: Serve, value: str) -> None:
     variables = {variable(command, flag): value for command in ("send", "serve") for flag in FLAGS}
-    server, endpoint = serve("--count", "1", env=os.environ | variables | {variable("serve", "--reply"): value})
+    server, endpoint = serve(
+        "--count", "1", env=os.environ | variables | {variable("serve", "--reply"): value}
+    )
     done = run("send", "--connect", endpoint, "hello", **variables)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
     assert server.finish()[1] == b"hello\n"
@@ -185,11 +223,20 @@ def imported(errors: list[str]) -> set[str]:
     [
         (["--help"], {}),
         (["send", "--help"], {}),
-        ([], {"_ZMQMSG_COMPLETE": "bash_complete", "COMP_WORDS": "zmqmsg send --ver", "COMP_CWORD": "2"}),
+        (
+            [],
+            {
+                "_ZMQMSG_COMPLETE": "bash_complete",
+                "COMP_WORDS": "zmqmsg send --ver",
+                "COMP_CWORD": "2",
+            },
+        ),
     ],
     ids=["help", "help of a command", "completion"],
 )
-def test_help_and_completion_import_no_zeromq(arguments: list[str], completion: dict[str, str]) -> None:
+def test_help_and_completion_import_no_zeromq(
+    arguments: list[str], completion: dict[str, str]
+) -> None:
     done = run(*arguments, **completion, **PROFILE)
     assert "ver" in done.stdout
     modules = imported(done.stderr.splitlines())

@@ -93,7 +93,9 @@ def test_every_reply_comes_once_and_in_order_though_the_server_is_killed(
 def test_every_request_is_served_exactly_once_though_the_server_is_replaced(
     serve: Serve, start: Start, tmp_path: Path, restarts: int, senders: int, each: int
 ) -> None:
-    requests = [[b"%d-%d" % (sender, number) for number in range(each)] for sender in range(senders)]
+    requests = [
+        [b"%d-%d" % (sender, number) for number in range(each)] for sender in range(senders)
+    ]
     printed = tmp_path / "printed"
     served = 0
     with printed.open("ab") as output:
@@ -120,7 +122,9 @@ def test_a_request_that_kills_its_server_is_sent_once_and_retries_times(
     serve: Serve, start: Start, retries: int
 ) -> None:
     endpoint = free_endpoint()
-    sender = start("send", "--connect", endpoint, "--retries", str(retries), "good", "poison", "never sent")
+    sender = start(
+        "send", "--connect", endpoint, "--retries", str(retries), "good", "poison", "never sent"
+    )
     command = 'x=$(cat); [ "$x" = poison ] && kill -9 $PPID; printf %s "$x"'
     for _ in range(1 + retries):
         server, _ = serve("--bind", endpoint, "--exec", command)
@@ -129,7 +133,9 @@ def test_a_request_that_kills_its_server_is_sent_once_and_retries_times(
     assert (status, output) == (3, b"good\n")
     assert sum("retrying" in notice for notice in notices) == retries
     attempts = f"{1 + retries} attempt{'s' * (retries > 0)}"
-    assert re.search(rf"no reply to 'poison' \({attempts}, .* s\): connection to {endpoint} lost; .*crash", last)
+    assert re.search(
+        rf"no reply to 'poison' \({attempts}, .* s\): connection to {endpoint} lost; .*crash", last
+    )
 
 
 @pytest.mark.parametrize("away", [0, pytest.param(120, marks=soak)])
@@ -182,7 +188,9 @@ def test_no_reply_is_lost_to_a_server_that_replies_and_closes_at_once(
     assert sender.finish()[:2] == (0, b"")
 
 
-def test_a_late_reply_of_an_earlier_attempt_is_no_reply_to_a_later_request(context: Context, start: Start) -> None:
+def test_a_late_reply_of_an_earlier_attempt_is_no_reply_to_a_later_request(
+    context: Context, start: Start
+) -> None:
     server, endpoint = open_server(context, zmq.ROUTER)
     sender = start("send", "--connect", endpoint, "--timeout", "1", "first", "second")
     abandoned, _, first = server.recv_multipart()
@@ -223,17 +231,25 @@ def test_a_server_that_is_frozen_before_or_after_a_request_serves_it_once_when_i
     patient.wait_for_notice(f"waiting for a reply from {endpoint}")
     server.signal(signal.SIGCONT)
     status, output, notices = patient.finish()
-    assert (status, output, notices[-1]) == (0, b"meanwhile\n", f"zmqmsg: waiting for a reply from {endpoint}")
+    assert (status, output, notices[-1]) == (
+        0,
+        b"meanwhile\n",
+        f"zmqmsg: waiting for a reply from {endpoint}",
+    )
     assert count_served(server) == 2
 
 
 @POSIX
-@pytest.mark.parametrize(("timeout", "why"), [("4", "no reply from {} within 4 s"), ("20", "connection to {} lost")])
+@pytest.mark.parametrize(
+    ("timeout", "why"), [("4", "no reply from {} within 4 s"), ("20", "connection to {} lost")]
+)
 def test_a_request_whose_server_freezes_or_dies_goes_to_one_that_lives(
     echo: str, serve: Serve, start: Start, timeout: str, why: str
 ) -> None:
     server, endpoint = serve()
-    sender = start("send", "--verbose", "--connect", endpoint, "--connect", echo, "--timeout", timeout)
+    sender = start(
+        "send", "--verbose", "--connect", endpoint, "--connect", echo, "--timeout", timeout
+    )
 
     def both_are_ready() -> bool:
         sender.send_line(b"-")
@@ -256,7 +272,9 @@ def test_a_request_whose_server_freezes_or_dies_goes_to_one_that_lives(
 # Ports and links that behave strangely
 
 
-def test_a_port_that_accepts_and_hangs_up_before_its_server_is_there_gets_nothing(serve: Serve, start: Start) -> None:
+def test_a_port_that_accepts_and_hangs_up_before_its_server_is_there_gets_nothing(
+    serve: Serve, start: Start
+) -> None:
     """So do tunnels and load balancers without a back end. Nothing was sent, so not even ``-r 0`` gives up."""
     hang_ups = threading.Semaphore(0)
 
@@ -278,7 +296,9 @@ def test_a_port_that_accepts_and_hangs_up_before_its_server_is_there_gets_nothin
     assert count_served(server) == 1
 
 
-def test_a_server_whose_port_another_socket_holds_for_a_while_is_waited_for(context: Context, start: Start) -> None:
+def test_a_server_whose_port_another_socket_holds_for_a_while_is_waited_for(
+    context: Context, start: Start
+) -> None:
     server, endpoint = open_server(context, zmq.REP)
     sender = start("send", "--verbose", "--connect", endpoint, "--retries", "0")
     sender.send_line(b"before")
@@ -314,11 +334,16 @@ def test_one_flipped_bit_in_an_encrypted_reply_is_a_lost_connection(
     assert [notice for notice in notices if "retrying" in notice] == [
         f"{lost} ({attempt} of {retries})" for attempt in range(1, retries + 1)
     ]
-    assert re.search(rf"no reply to 'x' \({retries + 1} attempts?, .* s\): connection to {flipping} lost", notices[-1])
+    assert re.search(
+        rf"no reply to 'x' \({retries + 1} attempts?, .* s\): connection to {flipping} lost",
+        notices[-1],
+    )
     assert count_served(server) == retries + 1
 
 
-@pytest.mark.parametrize(("megabytes", "rate"), [(1, 2_000_000), pytest.param(20, 1_000_000, marks=soak)])
+@pytest.mark.parametrize(
+    ("megabytes", "rate"), [(1, 2_000_000), pytest.param(20, 1_000_000, marks=soak)]
+)
 def test_a_large_message_gets_there_and_back_over_a_slow_link(
     echo: str, send: Send, tmp_path: Path, megabytes: int, rate: int
 ) -> None:
@@ -333,7 +358,15 @@ def test_a_large_message_gets_there_and_back_over_a_slow_link(
     message.write_bytes(os.urandom(megabytes * 1_000_000))
     started = time.monotonic()
     with relay(echo, forward, chunk=rate // 100) as slow:
-        done = send("--connect", slow, "--retries", "0", "--file", str(message), timeout=LIMIT + 4 * megabytes)
+        done = send(
+            "--connect",
+            slow,
+            "--retries",
+            "0",
+            "--file",
+            str(message),
+            timeout=LIMIT + 4 * megabytes,
+        )
     assert time.monotonic() - started > 2_000_000 * megabytes / rate
     assert (done.returncode, done.stdout) == (0, message.read_bytes() + b"\n")
 
@@ -356,7 +389,20 @@ def namespaces() -> Iterator[list[str]]:
             for name in names:
                 ip("netns", "add", name)
                 stack.callback(ip, "netns", "delete", name)
-            ip("link", "add", "end", "netns", names[0], "type", "veth", "peer", "name", "end", "netns", names[1])
+            ip(
+                "link",
+                "add",
+                "end",
+                "netns",
+                names[0],
+                "type",
+                "veth",
+                "peer",
+                "name",
+                "end",
+                "netns",
+                names[1],
+            )
             for number, name in enumerate(names, 1):
                 ip("-n", name, "address", "add", f"10.111.0.{number}/24", "dev", "end")
                 ip("-n", name, "link", "set", "end", "up")
@@ -367,7 +413,9 @@ def namespaces() -> Iterator[list[str]]:
 
 @soak
 @LINUX
-@pytest.mark.parametrize("acknowledged", [True, False], ids=["request-acknowledged", "data-in-flight"])
+@pytest.mark.parametrize(
+    "acknowledged", [True, False], ids=["request-acknowledged", "data-in-flight"]
+)
 def test_a_peer_that_is_gone_without_a_word_is_noticed(
     namespaces: list[str], serve: Serve, start: Start, acknowledged: bool
 ) -> None:

@@ -20,7 +20,9 @@ BIND_AND_CONNECT = pytest.mark.parametrize("option", ["--bind", "--connect"])
 def usage_error(option: str, endpoint: str) -> str:
     """Return what is said of ``endpoint``, or of an option that is certainly wrong, if that is accepted."""
     command = "serve" if option == "--bind" else "send"
-    result = CliRunner().invoke(cli, [command, option, endpoint, "--max-size", "wrong"], prog_name="zmqmsg")
+    result = CliRunner().invoke(
+        cli, [command, option, endpoint, "--max-size", "wrong"], prog_name="zmqmsg"
+    )
     assert result.exit_code == 2
     return result.stderr
 
@@ -43,7 +45,9 @@ def test_an_endpoint_that_libzmq_understands_is_accepted(option: str, endpoint: 
     assert "'--max-size'" in usage_error(option, endpoint)
 
 
-@pytest.mark.parametrize("endpoint", ["tcp://*:5555", "tcp://127.0.0.1:*", "tcp://eth0:0", "tcp://*:*"])
+@pytest.mark.parametrize(
+    "endpoint", ["tcp://*:5555", "tcp://127.0.0.1:*", "tcp://eth0:0", "tcp://*:*"]
+)
 def test_wildcards_can_be_bound_but_not_connected_to(endpoint: str) -> None:
     assert "'--max-size'" in usage_error("--bind", endpoint)
     assert f"'{endpoint}' has a wildcard" in usage_error("--connect", endpoint)
@@ -71,11 +75,17 @@ def test_wildcards_can_be_bound_but_not_connected_to(endpoint: str) -> None:
         pytest.param("ipc:///" + "\N{SNOWMAN}" * 36, f"path of 1 to {LONGEST} bytes", marks=POSIX),
     ],
 )
-def test_any_other_endpoint_is_refused_with_the_reason_and_an_example(option: str, endpoint: str, reason: str) -> None:
+def test_any_other_endpoint_is_refused_with_the_reason_and_an_example(
+    option: str, endpoint: str, reason: str
+) -> None:
     refusal = usage_error(option, endpoint)
     assert f"'{endpoint.encode(errors='backslashreplace').decode()}' " in refusal
     assert reason in refusal
-    example = "ipc:///tmp/" if endpoint.startswith("ipc") and sys.platform != "win32" else "tcp://127.0.0.1:5555"
+    example = (
+        "ipc:///tmp/"
+        if endpoint.startswith("ipc") and sys.platform != "win32"
+        else "tcp://127.0.0.1:5555"
+    )
     assert f"for example {example}" in refusal
 
 
@@ -88,11 +98,19 @@ def test_an_ipc_path_is_taken_from_nobody_unless_its_server_has_died(
     path = tmp_path / "socket"
     endpoint = f"ipc://{path}"
     path.write_text("data")
-    assert start("serve", "--bind", endpoint).finish() == (1, b"", [f"zmqmsg: cannot bind {endpoint}: {taken}"])
+    assert start("serve", "--bind", endpoint).finish() == (
+        1,
+        b"",
+        [f"zmqmsg: cannot bind {endpoint}: {taken}"],
+    )
     assert path.read_text() == "data"
     path.unlink()
     server, _ = serve("--bind", endpoint)
-    assert start("serve", "--bind", endpoint).finish() == (1, b"", [f"zmqmsg: cannot bind {endpoint}: {taken}"])
+    assert start("serve", "--bind", endpoint).finish() == (
+        1,
+        b"",
+        [f"zmqmsg: cannot bind {endpoint}: {taken}"],
+    )
     assert send("--connect", endpoint, "still there?").stdout == b"still there?\n"
     server.signal(signal.SIGKILL)
     server.wait()
@@ -107,7 +125,16 @@ def test_without_descriptors_nothing_is_taken_either(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("data")
     for limit in range(12, 30, 3):
-        given = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh", *COMMAND, "serve", "--bind", f"ipc://{path}"]
+        given = [
+            "sh",
+            "-c",
+            f'ulimit -n {limit}; exec "$@"',
+            "sh",
+            *COMMAND,
+            "serve",
+            "--bind",
+            f"ipc://{path}",
+        ]
         done = subprocess.run(given, capture_output=True, timeout=LIMIT)
         assert (done.returncode, path.read_text()) == (1, "data")
 

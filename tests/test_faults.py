@@ -61,7 +61,11 @@ class Faults:
                 for number in range(len(data)):
                     target.sendall(data[number : number + 1])
             case "flip a bit":
-                target.sendall(data[:place] + bytes([data[place] ^ 1 << self._random.randrange(8)]) + data[place + 1 :])
+                target.sendall(
+                    data[:place]
+                    + bytes([data[place] ^ 1 << self._random.randrange(8)])
+                    + data[place + 1 :]
+                )
             case "duplicate a byte":
                 target.sendall(data[: place + 1] + data[place:])
             case "drop a byte":
@@ -81,7 +85,9 @@ def lines(messages: list[str]) -> bytes:
 
 
 @POSIX
-@pytest.mark.parametrize(("count", "rate"), [(250, 1 / 50), pytest.param(60_000, 1 / 1000, id="full", marks=soak)])
+@pytest.mark.parametrize(
+    ("count", "rate"), [(250, 1 / 50), pytest.param(60_000, 1 / 1000, id="full", marks=soak)]
+)
 def test_every_reply_comes_once_and_in_order_whatever_happens_to_connections(
     serve: Serve, send: Send, keys: tuple[list[str], list[str]], count: int, rate: float
 ) -> None:
@@ -91,16 +97,25 @@ def test_every_reply_comes_once_and_in_order_whatever_happens_to_connections(
     with relay(endpoint, faults.forward) as damaged:
         options = ["--connect", damaged, "--timeout", "0.3", "--retries", "50", *keys[1]]
         done = send(*options, input=lines(messages), timeout=600)
-    print(f"{count} messages: {dict(faults.done)}, {done.stderr.count(b'retrying')} further attempts")
+    print(
+        f"{count} messages: {dict(faults.done)}, {done.stderr.count(b'retrying')} further attempts"
+    )
     assert done.returncode == 0, done.stderr[-1000:]
     assert done.stdout == lines(messages)
     assert faults.done.total() > 5
 
 
 @POSIX
-@pytest.mark.parametrize(("count", "rate"), [(150, 1 / 40), pytest.param(60_000, 1 / 1000, id="full", marks=soak)])
+@pytest.mark.parametrize(
+    ("count", "rate"), [(150, 1 / 40), pytest.param(60_000, 1 / 1000, id="full", marks=soak)]
+)
 def test_without_retries_nothing_is_served_twice_and_the_exit_status_says_what_was_served(
-    serve: Serve, send: Send, keys: tuple[list[str], list[str]], tmp_path: Path, count: int, rate: float
+    serve: Serve,
+    send: Send,
+    keys: tuple[list[str], list[str]],
+    tmp_path: Path,
+    count: int,
+    rate: float,
 ) -> None:
     log = tmp_path / "log"
     with log.open("wb") as file:
@@ -124,7 +139,9 @@ def test_without_retries_nothing_is_served_twice_and_the_exit_status_says_what_w
     server.popen.terminate()
     assert server.wait() == 0
     served = Counter(log.read_text().splitlines())
-    print(f"{len(replied)} replies, {len(unknown)} unknown, {len(unserved)} not served; {dict(faults.done)}")
+    print(
+        f"{len(replied)} replies, {len(unknown)} unknown, {len(unserved)} not served; {dict(faults.done)}"
+    )
     assert set(served.values()) == {1}
     assert set(replied) <= set(served)
     assert not set(unserved) & set(served)
@@ -132,7 +149,9 @@ def test_without_retries_nothing_is_served_twice_and_the_exit_status_says_what_w
 
 
 @soak
-@pytest.mark.parametrize("options", [[], ["--timeout", "20", "--retries", "0"]], ids=["", "timeout"])
+@pytest.mark.parametrize(
+    "options", [[], ["--timeout", "20", "--retries", "0"]], ids=["", "timeout"]
+)
 def test_a_slow_link_is_waited_for_and_nothing_false_is_said(
     serve: Serve, send: Send, keys: tuple[list[str], list[str]], options: list[str]
 ) -> None:
@@ -155,7 +174,10 @@ def test_a_healthy_server_on_a_busy_machine_is_never_suspected(
     serve: Serve, send: Send, keys: tuple[list[str], list[str]]
 ) -> None:
     _, endpoint = serve("--quiet", *keys[0])
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(os.cpu_count() or 1)]
+    spinning = [
+        subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        for _ in range(os.cpu_count() or 1)
+    ]
     try:
         for _ in range(200):
             done = send("--connect", endpoint, *keys[1], "--timeout", "1", "x")

@@ -38,7 +38,9 @@ def test_each_request_is_answered_by_a_line_of_the_program_that_stays(
 
 
 @pytest.mark.parametrize(("option", "body"), [("--null", b"two\nlines"), ("--raw", b"a\\n")])
-def test_what_a_line_is_depends_on_the_form(context: Context, serve: Serve, option: str, body: bytes) -> None:
+def test_what_a_line_is_depends_on_the_form(
+    context: Context, serve: Serve, option: str, body: bytes
+) -> None:
     assert ask(context, serve("--filter", "cat", option)[1], body) == [body]
 
 
@@ -53,29 +55,39 @@ def test_any_frames_come_back_through_a_quoted_filter(context: Context, serve: S
     check()
 
 
-def test_a_large_request_goes_through_while_the_filter_answers(context: Context, serve: Serve) -> None:
+def test_a_large_request_goes_through_while_the_filter_answers(
+    context: Context, serve: Serve
+) -> None:
     _, endpoint = serve("--quiet", "--filter", "cat")
     message = os.urandom(64 << 20).replace(b"\n", b" ")
     assert ask(context, endpoint, message) == [message]
     assert ask(context, endpoint, b"next") == [b"next"]
 
 
-def test_a_request_is_one_line_and_the_next_ones_get_their_own_replies(context: Context, serve: Serve) -> None:
+def test_a_request_is_one_line_and_the_next_ones_get_their_own_replies(
+    context: Context, serve: Serve
+) -> None:
     """A newline that ends a request is the end of its line, as in a file of one line."""
     server, endpoint = serve("--filter", COUNTER)
     requests = [[b"a"], [b"two\nlines"], [b"x\n\n"], [b"b\n"], [b"\n"], [b"a", b"b"], [b"c", b"d"]]
     replies = [b"1 a", b"", b"", b"2 b", b"3 ", b"4 ab", b"5 cd"]
-    assert [ask(context, endpoint, *frames) for frames in requests] == [[reply] for reply in replies]
+    assert [ask(context, endpoint, *frames) for frames in requests] == [
+        [reply] for reply in replies
+    ]
     notices = "\n".join(stop(server)[2])
     assert notices.count("since a filter reads one; use --exec, or --quoted") == 2
     assert notices.count("--quoted keeps them apart") == 1
 
 
-def test_a_filter_that_does_not_flush_is_told_of_and_waited_for(serve: Serve, start: Start, tmp_path: Path) -> None:
+def test_a_filter_that_does_not_flush_is_told_of_and_waited_for(
+    serve: Serve, start: Start, tmp_path: Path
+) -> None:
     os.mkfifo(tmp_path / "fifo")
     server, endpoint = serve("--filter", "read line; cat fifo -", cwd=tmp_path)
     client = start("send", "--connect", endpoint, "x")
-    server.wait_for_notice("the filter has not answered for a second; it may not flush its output, or read ahead")
+    server.wait_for_notice(
+        "the filter has not answered for a second; it may not flush its output, or read ahead"
+    )
     (tmp_path / "fifo").write_bytes(b"late\n")
     assert client.finish()[:2] == (0, b"late\n")
 
@@ -109,9 +121,15 @@ def test_the_request_at_hand_stays_unanswered_when_replies_cannot_be_told_apart(
 
 @pytest.mark.parametrize(
     ("command", "reason"),
-    [("echo hello; cat", STRAY), ("no-such-command", "exited with status 127"), ("sleep 0.2", ENDED)],
+    [
+        ("echo hello; cat", STRAY),
+        ("no-such-command", "exited with status 127"),
+        ("sleep 0.2", ENDED),
+    ],
 )
-def test_a_filter_that_speaks_or_ends_before_any_request_ends_serve(serve: Serve, command: str, reason: str) -> None:
+def test_a_filter_that_speaks_or_ends_before_any_request_ends_serve(
+    serve: Serve, command: str, reason: str
+) -> None:
     server, _ = serve("--filter", command)
     status, _, notices = server.finish()
     assert status == 1
@@ -133,8 +151,12 @@ def started(server: Process) -> list[int]:
     return [int(pid) for pid in server.wait_for_notice(r"^\d+( \d+)*$")[0].split()]
 
 
-@pytest.mark.parametrize("command", ["exec cat", "trap '' TERM INT HUP; cat; sleep 600", "sleep 600 & cat"])
-def test_a_signal_ends_the_filter_by_the_end_of_its_input_and_then_by_force(serve: Serve, command: str) -> None:
+@pytest.mark.parametrize(
+    "command", ["exec cat", "trap '' TERM INT HUP; cat; sleep 600", "sleep 600 & cat"]
+)
+def test_a_signal_ends_the_filter_by_the_end_of_its_input_and_then_by_force(
+    serve: Serve, command: str
+) -> None:
     server, _ = serve("--filter", f"echo $$ >&2; {command}")
     pids = started(server)
     server.signal(signal.SIGTERM)

@@ -20,7 +20,19 @@ import zmq.auth
 
 from zmqmsg.sockets import Context
 
-from conftest import LIMIT, LINUX, Serve, Start, address, descriptors, listening, memory, processor_time, soak, until
+from conftest import (
+    LIMIT,
+    LINUX,
+    Serve,
+    Start,
+    address,
+    descriptors,
+    listening,
+    memory,
+    processor_time,
+    soak,
+    until,
+)
 from zmtp import command, frame, greeting, ready, request, say
 
 with suppress(ImportError):  # Windows has none
@@ -38,44 +50,74 @@ HELLO = greeting() + ready(b"DEALER")
 # What one connection says, by a generator of random numbers.
 Say = Callable[[random.Random], bytes]
 
-HANDSHAKE_LIMIT = 30  # seconds after which libzmq cuts a connection off whose handshake is not finished
+HANDSHAKE_LIMIT = (
+    30  # seconds after which libzmq cuts a connection off whose handshake is not finished
+)
 
 RUBBISH: dict[str, Say] = {
     "random bytes": lambda r: r.randbytes(r.randrange(1, 2000)),
-    "random bytes that begin like ZeroMQ": lambda r: b"\xff" + bytes(8) + b"\x7f" + r.randbytes(r.randrange(1, 2000)),
+    "random bytes that begin like ZeroMQ": lambda r: (
+        b"\xff" + bytes(8) + b"\x7f" + r.randbytes(r.randrange(1, 2000))
+    ),
     "nothing": lambda r: b"",
     "HTTP": lambda r: b"GET / HTTP/1.1\r\nHost: localhost\r\nAccept: */*\r\n\r\n",
     "TLS": lambda r: b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + r.randbytes(500),
     "greeting cut off": lambda r: greeting()[: r.randrange(1, 64)],
     "greeting of an unknown mechanism": lambda r: greeting(b"MAGIC") + r.randbytes(100),
-    "greeting of a version to come": lambda r: greeting(version=r.randbytes(2)) + ready(b"REQ") + request(b"x"),
-    "greeting that claims to be the server": lambda r: greeting(as_server=b"\x01") + ready(b"REQ") + request(b"x"),
-    "CURVE hello cut off": lambda r: greeting(b"CURVE") + command(b"HELLO", r.randbytes(194))[: r.randrange(1, 200)],
-    "CURVE hello of rubbish": lambda r: greeting(b"CURVE") + command(b"HELLO", b"\x01\x00" + r.randbytes(192)),
+    "greeting of a version to come": lambda r: (
+        greeting(version=r.randbytes(2)) + ready(b"REQ") + request(b"x")
+    ),
+    "greeting that claims to be the server": lambda r: (
+        greeting(as_server=b"\x01") + ready(b"REQ") + request(b"x")
+    ),
+    "CURVE hello cut off": lambda r: (
+        greeting(b"CURVE") + command(b"HELLO", r.randbytes(194))[: r.randrange(1, 200)]
+    ),
+    "CURVE hello of rubbish": lambda r: (
+        greeting(b"CURVE") + command(b"HELLO", b"\x01\x00" + r.randbytes(192))
+    ),
     "PLAIN hello": lambda r: greeting(b"PLAIN") + command(b"HELLO", b"\x05admin\x05admin"),
     "command cut off": lambda r: HELLO[: r.randrange(64, len(HELLO))],
-    "command whose length is a lie": lambda r: greeting() + b"\x04" + r.randbytes(1) + r.randbytes(r.randrange(60)),
+    "command whose length is a lie": lambda r: (
+        greeting() + b"\x04" + r.randbytes(1) + r.randbytes(r.randrange(60))
+    ),
     "command of 2^62 bytes": lambda r: greeting() + b"\x06" + HUGE + b"\x05READY",
-    "property of 4 GiB": lambda r: greeting() + command(b"READY", b"\x0bSocket-Type\xff\xff\xff\xffREQ"),
+    "property of 4 GiB": lambda r: (
+        greeting() + command(b"READY", b"\x0bSocket-Type\xff\xff\xff\xffREQ")
+    ),
     "unknown command": lambda r: HELLO + command(b"DANCE", r.randbytes(40)) + request(b"x"),
     "error command": lambda r: greeting() + command(b"ERROR", b"\xff" + r.randbytes(20)),
-    "wrong socket type": lambda r: greeting() + ready(r.choice([b"PUB", b"PAIR", b"REP", b"X" * 200])) + request(b"x"),
+    "wrong socket type": lambda r: (
+        greeting() + ready(r.choice([b"PUB", b"PAIR", b"REP", b"X" * 200])) + request(b"x")
+    ),
     "ping": lambda r: HELLO + command(b"PING", b"\xff\xff" + r.randbytes(r.randrange(16))) * 20,
     "frame of 2^62 bytes": lambda r: HELLO + b"\x02" + HUGE + r.randbytes(1000),
-    "frame just below the limit": lambda r: HELLO + b"\x02" + struct.pack(">Q", 64 << 20) + r.randbytes(1000),
+    "frame just below the limit": lambda r: (
+        HELLO + b"\x02" + struct.pack(">Q", 64 << 20) + r.randbytes(1000)
+    ),
     "reserved flags": lambda r: HELLO + bytes([r.randrange(8, 256), 5]) + b"hello",
     "no delimiter": lambda r: HELLO + frame(b"no delimiter"),
     "no delimiter in many frames": lambda r: HELLO + frame(b"x", more=True) * 10 + frame(b"x"),
     "delimiter alone": lambda r: HELLO + frame(b"") * 10,
-    "unfinished request": lambda r: HELLO + frame(b"", more=True) + frame(r.randbytes(1000), more=True) * 3,
+    "unfinished request": lambda r: (
+        HELLO + frame(b"", more=True) + frame(r.randbytes(1000), more=True) * 3
+    ),
     "request cut off": lambda r: HELLO + request(r.randbytes(3000))[: -r.randrange(1, 2900)],
-    "tiny frames": lambda r: HELLO + frame(b"", more=True) + frame(b"", more=True) * 5000 + frame(b""),
-    "tiny frames without end": lambda r: HELLO + frame(b"", more=True) + frame(b"x", more=True) * 5000,
+    "tiny frames": lambda r: (
+        HELLO + frame(b"", more=True) + frame(b"", more=True) * 5000 + frame(b"")
+    ),
+    "tiny frames without end": lambda r: (
+        HELLO + frame(b"", more=True) + frame(b"x", more=True) * 5000
+    ),
     "requests in a row": lambda r: HELLO + request(r.randbytes(200)) * 100,
     "2.0 cut off": lambda r: (b"\xff" + bytes(8) + b"\x7f\x01\x03\x00\x00")[: r.randrange(1, 14)],
-    "2.0 frame of 2^62 bytes": lambda r: b"\xff" + bytes(8) + b"\x7f\x01\x03\x00\x00\x03" + HUGE + r.randbytes(50),
+    "2.0 frame of 2^62 bytes": lambda r: (
+        b"\xff" + bytes(8) + b"\x7f\x01\x03\x00\x00\x03" + HUGE + r.randbytes(50)
+    ),
     "2.0 rubbish": lambda r: b"\xff" + bytes(8) + b"\x7f\x01" + r.randbytes(300),
-    "2.0 without a delimiter": lambda r: b"\xff" + bytes(8) + b"\x7f\x01\x05\x00\x00" + frame(b"x") * 5,
+    "2.0 without a delimiter": lambda r: (
+        b"\xff" + bytes(8) + b"\x7f\x01\x05\x00\x00" + frame(b"x") * 5
+    ),
     "1.0 frame of 2^62 bytes": lambda r: b"\x01\x00\xff" + HUGE + b"\x00" + r.randbytes(50),
     "1.0 rubbish": lambda r: b"\x01\x00" + r.randbytes(300),
     "1.0 frames of no length": lambda r: b"\x01\x00" + b"\x00" * 300,
@@ -114,7 +156,9 @@ class Measured:
 
     def __str__(self) -> str:
         now = memory(self.process.pid), descriptors(self.process.pid)
-        return f"{now[0]} KiB, {self.memory} before; {now[1]} descriptors, {self.descriptors} before"
+        return (
+            f"{now[0]} KiB, {self.memory} before; {now[1]} descriptors, {self.descriptors} before"
+        )
 
 
 # Those who attack, and those who do not
@@ -168,7 +212,9 @@ def honest(start: Start, endpoint: str, *options: str) -> Iterator[None]:
     patient = ["send", "-c", endpoint, "-t", "2", "-r", "10", *options]
 
     def numbers() -> Iterator[bytes]:
-        numbers = itertools.takewhile(lambda number: number < 3 or not over.is_set(), itertools.count())
+        numbers = itertools.takewhile(
+            lambda number: number < 3 or not over.is_set(), itertools.count()
+        )
         return (b"%d" % number for number in numbers)
 
     def ask_on() -> None:
@@ -229,8 +275,13 @@ def test_a_flood_of_rubbish_keeps_no_honest_client_from_its_replies_and_leaves_n
     keys = ["--key", f"{tmp_path}/server.key_secret", "--client-keys", f"{tmp_path}/client.key"]
     server = Measured(serve, *keys * keyed)
     late = list(RUBBISH).index("tiny frames") if connections > 1000 else None
-    with honest(start, server.endpoint, *["--key", secret, "--server-key", f"{tmp_path}/server.key"] * keyed):
-        flood(server.endpoint, [number for number in range(connections) if number % len(RUBBISH) != late])
+    with honest(
+        start, server.endpoint, *["--key", secret, "--server-key", f"{tmp_path}/server.key"] * keyed
+    ):
+        flood(
+            server.endpoint,
+            [number for number in range(connections) if number % len(RUBBISH) != late],
+        )
     server.assert_recovered()
     server.assert_idle()
     server.process.popen.terminate()
@@ -238,7 +289,9 @@ def test_a_flood_of_rubbish_keeps_no_honest_client_from_its_replies_and_leaves_n
 
 
 @soak
-def test_half_open_connections_keep_no_honest_client_out_and_are_cut_off(serve: Serve, start: Start) -> None:
+def test_half_open_connections_keep_no_honest_client_out_and_are_cut_off(
+    serve: Serve, start: Start
+) -> None:
     server = Measured(serve)
     with ExitStack() as stack:
         started = time.monotonic()
@@ -252,7 +305,9 @@ def test_half_open_connections_keep_no_honest_client_out_and_are_cut_off(serve: 
         server.assert_recovered()
 
 
-@pytest.mark.parametrize(("requests", "size"), [(200, 10_000), pytest.param(5000, 50_000, marks=soak)])
+@pytest.mark.parametrize(
+    ("requests", "size"), [(200, 10_000), pytest.param(5000, 50_000, marks=soak)]
+)
 def test_a_client_that_never_reads_its_replies_keeps_nobody_from_theirs(
     serve: Serve, start: Start, requests: int, size: int
 ) -> None:
@@ -262,7 +317,9 @@ def test_a_client_that_never_reads_its_replies_keeps_nobody_from_theirs(
     with socket.create_connection(address(server.endpoint), LIMIT) as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         assert shake_hands(deaf)
-        deaf.settimeout(1)  # the kernel may hold its requests back, as its window for replies is closed
+        deaf.settimeout(
+            1
+        )  # the kernel may hold its requests back, as its window for replies is closed
         with honest(start, server.endpoint), suppress(TimeoutError):
             for _ in range(requests):
                 deaf.sendall(request(bytes(size)))
@@ -288,7 +345,9 @@ def test_a_server_without_descriptors_serves_again_as_soon_as_it_has_some(
     exchange()
     with ExitStack() as stack:
         half_open(server.endpoint, connections, stack)
-        until(lambda: descriptors(server.process.pid) == most, lambda: descriptors(server.process.pid))
+        until(
+            lambda: descriptors(server.process.pid) == most, lambda: descriptors(server.process.pid)
+        )
         exchange()
         late = start("send", "-c", server.endpoint, "late")
         late.wait_for_notice("connected, but no ZeroMQ greeting yet")
@@ -300,7 +359,9 @@ def test_a_server_without_descriptors_serves_again_as_soon_as_it_has_some(
 
 def test_serve_raises_its_limit_of_descriptors(context: Context, serve: Serve) -> None:
     def limit_descriptors() -> None:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_NOFILE, (64, resource.getrlimit(resource.RLIMIT_NOFILE)[1])
+        )
 
     process, _ = serve(preexec_fn=limit_descriptors)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -343,7 +404,9 @@ def test_one_connection_cannot_fill_the_memory_of_an_idle_send(start: Start) -> 
 
 
 @pytest.mark.parametrize("count", [2000, pytest.param(10_000, marks=soak)])
-def test_no_request_of_a_pipelining_client_is_lost(serve: Serve, context: Context, count: int) -> None:
+def test_no_request_of_a_pipelining_client_is_lost(
+    serve: Serve, context: Context, count: int
+) -> None:
     _process, endpoint = serve("--quiet")
     client = context.socket(zmq.DEALER)
     client.rcvtimeo = LIMIT * 1000
@@ -354,7 +417,9 @@ def test_no_request_of_a_pipelining_client_is_lost(serve: Serve, context: Contex
     assert [int(client.recv_multipart()[1]) for _ in range(count)] == list(range(count))
 
 
-def test_a_request_that_never_ends_is_given_up_with_its_connection(serve: Serve, start: Start) -> None:
+def test_a_request_that_never_ends_is_given_up_with_its_connection(
+    serve: Serve, start: Start
+) -> None:
     server = Measured(serve)
     with socket.create_connection(address(server.endpoint), LIMIT) as endless:
         assert shake_hands(endless)
@@ -379,10 +444,14 @@ def test_a_large_request_takes_its_memory_once(serve: Serve, context: Context) -
     assert memory(process.pid, "VmHWM") - before < 1.5 * size / 1024
 
 
-def test_a_reply_that_a_stranger_makes_the_server_drop_is_had_by_another_attempt(serve: Serve, start: Start) -> None:
+def test_a_reply_that_a_stranger_makes_the_server_drop_is_had_by_another_attempt(
+    serve: Serve, start: Start
+) -> None:
     """After a request without a delimiter, from a peer that is gone, a REP socket drops its next reply (rep.cpp)."""
     process, endpoint = serve()
-    long = "x" * 100_000  # more than a pipe holds: the server prints it, and takes no further request
+    long = (
+        "x" * 100_000
+    )  # more than a pipe holds: the server prints it, and takes no further request
     assert start("send", "-c", endpoint, long).finish()[0] == 0
     with socket.create_connection(address(endpoint), LIMIT) as stranger:
         assert shake_hands(stranger)
@@ -413,14 +482,18 @@ ANSWERS = {
     "reply of 2^62 bytes": partial(replying, b"\x01\x00\x02" + HUGE + bytes(1000)),
     "reply cut off": partial(replying, request(b"hello" * 1000)[:-1]),
     "reply cut off in its length": partial(replying, request(b"hello" * 1000)[:8]),
-    "reply cut off between its frames": partial(replying, frame(b"", more=True) + frame(b"hello", more=True)),
+    "reply cut off between its frames": partial(
+        replying, frame(b"", more=True) + frame(b"hello", more=True)
+    ),
 }
 
 
 def test_a_server_that_answers_badly_is_an_error_and_prints_nothing(start: Start) -> None:
     with ExitStack() as stack:
         clients = {
-            what: start("send", "-c", stack.enter_context(listening(answer)), "-t", "1", "-r", "1", "hello")
+            what: start(
+                "send", "-c", stack.enter_context(listening(answer)), "-t", "1", "-r", "1", "hello"
+            )
             for what, answer in ANSWERS.items()
         }
         ends = {what: client.finish() for what, client in clients.items()}
@@ -465,10 +538,13 @@ def test_a_request_whose_reply_is_rejected_is_served_once(
     client = start("send", "-c", endpoint, "--max-size", "64K", *options, "hello", "never sent")
     assert server.poll(LIMIT * 1000)
     identity, empty, body = server.recv_multipart()
-    server.send_multipart([identity, body] if reply == "no empty frame" else [identity, empty, bytes(1 << 17)])
+    server.send_multipart(
+        [identity, body] if reply == "no empty frame" else [identity, empty, bytes(1 << 17)]
+    )
     status, output, notices = client.finish()
     assert not server.poll(100)
     assert (status, output, len(notices)) == (3, b"", 1)
     assert re.search(
-        r"no reply to 'hello' \(1 attempt, .*was rejected: it lacks the empty frame.*--max-size", notices[0]
+        r"no reply to 'hello' \(1 attempt, .*was rejected: it lacks the empty frame.*--max-size",
+        notices[0],
     )

@@ -25,7 +25,22 @@ from zmqmsg.cli import cli
 from zmqmsg.curve import ClientKeys, load_key_pair, start_zap_handler
 from zmqmsg.sockets import Context, Socket
 
-from conftest import LIMIT, LINUX, POSIX, Send, Serve, Start, address, broker, memory, relay, shell, soak, stop, until
+from conftest import (
+    LIMIT,
+    LINUX,
+    POSIX,
+    Send,
+    Serve,
+    Start,
+    address,
+    broker,
+    memory,
+    relay,
+    shell,
+    soak,
+    stop,
+    until,
+)
 from zmtp import command, greeting, ready, request
 
 with suppress(ImportError):  # Windows has none
@@ -33,7 +48,9 @@ with suppress(ImportError):  # Windows has none
 
 SERVE_KEY = ["serve", "--bind", "tcp://192.0.2.1:1", "--key"]
 SERVER_KEY = ["send", "x", "--server-key"]
-EITHER_OPTION = pytest.mark.parametrize("option", [SERVE_KEY, SERVER_KEY], ids=["--key", "--server-key"])
+EITHER_OPTION = pytest.mark.parametrize(
+    "option", [SERVE_KEY, SERVER_KEY], ids=["--key", "--server-key"]
+)
 
 
 def refuse(*arguments: str | Path) -> str:
@@ -92,7 +109,9 @@ def clients(tmp_path: Path) -> Path:
 @pytest.fixture
 def guarded(keys: Keys, clients: Path, serve: Serve) -> Serve:
     """Start ``zmqmsg serve`` for those whose keys are in ``clients``, with further arguments."""
-    return lambda *arguments: serve("--key", str(keys.server.secret), "--client-keys", str(clients), *arguments)
+    return lambda *arguments: serve(
+        "--key", str(keys.server.secret), "--client-keys", str(clients), *arguments
+    )
 
 
 def of_server(server: Pair) -> list[str]:
@@ -111,7 +130,10 @@ def let_in(context: Context, endpoint: str, server: Pair, *clients: KeyPair) -> 
         monitors = []
         for own in clients:
             client = stack.enter_context(context.socket(zmq.REQ))
-            client.curve_publickey, client.curve_secretkey, client.curve_serverkey = *own, server.key.public
+            client.curve_publickey, client.curve_secretkey, client.curve_serverkey = (
+                *own,
+                server.key.public,
+            )
             events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             monitors.append(stack.enter_context(client.get_monitor_socket(events)))
             stack.callback(client.disable_monitor)
@@ -141,7 +163,9 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
 
 @POSIX
 @pytest.mark.parametrize("place", ["missing", "file", pytest.param("/proc", marks=LINUX)])
-def test_a_key_that_cannot_be_created_is_an_error_that_names_the_file(tmp_path: Path, place: str) -> None:
+def test_a_key_that_cannot_be_created_is_an_error_that_names_the_file(
+    tmp_path: Path, place: str
+) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / place / "me.key_secret"
     assert f"cannot create key file {path}: " in refuse(*SERVE_KEY, path)
@@ -161,7 +185,9 @@ def test_a_full_disk_leaves_no_half_of_a_key_behind(keys: Keys, tmp_path: Path, 
 
 @POSIX
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o610, 0o602])
-def test_a_secret_key_that_others_may_use_is_refused_with_the_command_that_helps(tmp_path: Path, mode: int) -> None:
+def test_a_secret_key_that_others_may_use_is_refused_with_the_command_that_helps(
+    tmp_path: Path, mode: int
+) -> None:
     own = new_pair(tmp_path, "my own").secret
     own.chmod(mode)
     refused = refuse(*SERVE_KEY, own)
@@ -184,7 +210,9 @@ NO_KEYS = {
 
 @EITHER_OPTION
 @pytest.mark.parametrize("content", NO_KEYS.values(), ids=NO_KEYS)
-def test_a_file_that_is_no_key_is_refused_by_name(tmp_path: Path, content: bytes, option: list[str]) -> None:
+def test_a_file_that_is_no_key_is_refused_by_name(
+    tmp_path: Path, content: bytes, option: list[str]
+) -> None:
     (tmp_path / "wrong").write_bytes(content)
     (tmp_path / "wrong").chmod(0o600)
     assert f"{tmp_path / 'wrong'} is not a CURVE key file" in refuse(*option, tmp_path / "wrong")
@@ -201,7 +229,9 @@ def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, option: list
 
 def test_one_half_in_place_of_the_other_is_refused_by_name(keys: Keys) -> None:
     secret, public = keys.alice
-    assert f"{secret} is a secret key; pass its public half, {public}" in refuse(*SERVER_KEY, secret)
+    assert f"{secret} is a secret key; pass its public half, {public}" in refuse(
+        *SERVER_KEY, secret
+    )
     assert f"{public} is a public key" in refuse(*SERVE_KEY, public)
 
 
@@ -228,7 +258,9 @@ def test_where_there_are_no_hard_links_a_key_is_created_all_the_same(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() != 0, reason="needs root to give a file away")
+@pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() != 0, reason="needs root to give a file away"
+)
 @pytest.mark.parametrize(("mode", "accepted"), [(0o640, True), (0o660, False), (0o644, False)])
 def test_a_secret_key_that_root_has_mounted_for_our_group_is_accepted(
     keys: Keys, tmp_path: Path, mode: int, accepted: bool
@@ -241,7 +273,9 @@ def test_a_secret_key_that_root_has_mounted_for_our_group_is_accepted(
     os.setegid(65534)
     os.seteuid(65534)
     try:
-        with nullcontext() if accepted else pytest.raises(click.UsageError, match="others may read"):
+        with (
+            nullcontext() if accepted else pytest.raises(click.UsageError, match="others may read")
+        ):
             load_key_pair(str(keys.server.secret))
     finally:
         os.seteuid(0)
@@ -264,11 +298,22 @@ SECRET_HALF = '    secret-key = "{1}"\n'
 
 @pytest.mark.parametrize(
     ("public", "secret"),
-    [(CERTIFICATE, CERTIFICATE + SECRET_HALF), ("{0}\n", "curve\n" + SECRET_HALF), ("{0}\0", "curve\n" + SECRET_HALF)],
+    [
+        (CERTIFICATE, CERTIFICATE + SECRET_HALF),
+        ("{0}\n", "curve\n" + SECRET_HALF),
+        ("{0}\0", "curve\n" + SECRET_HALF),
+    ],
     ids=["CZMQ", "each half alone", "ends with NUL"],
 )
 def test_key_files_of_others_serve_as_keys(
-    keys: Keys, clients: Path, tmp_path: Path, guarded: Serve, serve: Serve, send: Send, public: str, secret: str
+    keys: Keys,
+    clients: Path,
+    tmp_path: Path,
+    guarded: Serve,
+    serve: Serve,
+    send: Send,
+    public: str,
+    secret: str,
 ) -> None:
     """On Linux, the name of a key file may be any bytes."""
     halves = [half.decode() for half in zmq.curve_keypair()]
@@ -276,12 +321,21 @@ def test_key_files_of_others_serve_as_keys(
     theirs.public.write_text(public.format(*halves))
     theirs.secret.write_text(secret.format(*halves))
     theirs.secret.chmod(0o600)
-    shutil.copy(theirs.public, clients / (os.fsdecode(b"\xe9.key") if sys.platform == "linux" else "alice.key"))
+    shutil.copy(
+        theirs.public,
+        clients / (os.fsdecode(b"\xe9.key") if sys.platform == "linux" else "alice.key"),
+    )
     server, endpoint = guarded("--verbose")
-    assert send("--connect", endpoint, *as_client(theirs, keys.server), "as a client").stdout == b"as a client\n"
+    assert (
+        send("--connect", endpoint, *as_client(theirs, keys.server), "as a client").stdout
+        == b"as a client\n"
+    )
     server.wait_for_notice(r"request 1 from 127\.0\.0\.1 \(.*\.key\)")
     _server, endpoint = serve("--key", str(theirs.secret), "--client-keys", str(theirs.public))
-    assert send("--connect", endpoint, *as_client(theirs, theirs), "as a server").stdout == b"as a server\n"
+    assert (
+        send("--connect", endpoint, *as_client(theirs, theirs), "as a server").stdout
+        == b"as a server\n"
+    )
 
 
 # Which options go together
@@ -302,8 +356,14 @@ def test_key_files_of_others_serve_as_keys(
         ("serve --connect E --key K --server-key P", "cannot read key file "),
     ],
 )
-def test_what_is_missing_is_a_usage_error_that_names_it(tmp_path: Path, arguments: str, missing: str) -> None:
-    words = {"K": f"{tmp_path / 'me.key'}_secret", "P": f"{tmp_path}/other.key", "E": "tcp://127.0.0.1:5555"}
+def test_what_is_missing_is_a_usage_error_that_names_it(
+    tmp_path: Path, arguments: str, missing: str
+) -> None:
+    words = {
+        "K": f"{tmp_path / 'me.key'}_secret",
+        "P": f"{tmp_path}/other.key",
+        "E": "tcp://127.0.0.1:5555",
+    }
     assert missing in refuse(*(words.get(word, word) for word in arguments.split()))
     assert list(tmp_path.iterdir()) == [], "wrong usage creates nothing"
 
@@ -315,14 +375,19 @@ def test_step_1_servers_that_create_one_key_at_once_talk_to_anyone_who_has_its_p
     tmp_path: Path, start: Start, send: Send
 ) -> None:
     secret, public = tmp_path / "server.key_secret", tmp_path / "server.key"
-    servers = [start("serve", "--bind", "tcp://127.0.0.1:*", "--count", "1", "--key", str(secret)) for _ in range(4)]
+    servers = [
+        start("serve", "--bind", "tcp://127.0.0.1:*", "--count", "1", "--key", str(secret))
+        for _ in range(4)
+    ]
     for server in servers:
         endpoint = server.wait_for_notice("listening on (.*)")[1]
         done = send("--connect", endpoint, "--server-key", str(public), "hello")
         assert (done.returncode, done.stdout, done.stderr) == (0, b"hello\n", b"")
         assert server.finish()[:2] == (0, b"hello\n")
     created = f"zmqmsg: created {secret}; give its public half, {public}, to your peers"
-    assert [notice for server in servers for notice in server.notices if "created" in notice] == [created]
+    assert [notice for server in servers for notice in server.notices if "created" in notice] == [
+        created
+    ]
     assert {path.name for path in tmp_path.iterdir()} == {"server.key_secret", "server.key"}
     assert sys.platform == "win32" or stat.S_IMODE(secret.stat().st_mode) == 0o600
 
@@ -387,12 +452,22 @@ ONE_SIDE = "one side has keys, and the other has none"
     ids=["server alone has a key", "client alone has a key", "wrong key"],
 )
 def test_both_sides_say_why_a_handshake_fails(
-    keys: Keys, serve: Serve, start: Start, with_key: bool, trusted: str | None, at_client: str, at_server: str
+    keys: Keys,
+    serve: Serve,
+    start: Start,
+    with_key: bool,
+    trusted: str | None,
+    at_client: str,
+    at_server: str,
 ) -> None:
     server, endpoint = serve("--verbose", *["--key", str(keys.server.secret)] * with_key)
-    client = start("send", "--connect", endpoint, *(of_server(getattr(keys, trusted)) if trusted else []), "x")
+    client = start(
+        "send", "--connect", endpoint, *(of_server(getattr(keys, trusted)) if trusted else []), "x"
+    )
     assert client.wait_for_notice("zmqmsg: (.*)")[1] == at_client.format(endpoint)
-    server.wait_for_notice(f"a client from (127.0.0.1|an unknown address) did not get through: .*{at_server}")
+    server.wait_for_notice(
+        f"a client from (127.0.0.1|an unknown address) did not get through: .*{at_server}"
+    )
 
 
 # What changes while the server runs
@@ -435,8 +510,13 @@ def test_a_file_that_is_no_public_key_is_told_of_once_and_everything_else_goes_o
     server, endpoint = guarded()
     shutil.copy2(keys.stranger.secret, clients)
     for _ in range(3):
-        assert let_in(context, endpoint, keys.server, keys.alice.key, keys.stranger.key) == [True, False]
-    told = re.findall(f"{clients}/(\\S+) .*it lets nobody in$", "\n".join(stop(server)[2]), re.MULTILINE)
+        assert let_in(context, endpoint, keys.server, keys.alice.key, keys.stranger.key) == [
+            True,
+            False,
+        ]
+    told = re.findall(
+        f"{clients}/(\\S+) .*it lets nobody in$", "\n".join(stop(server)[2]), re.MULTILINE
+    )
     assert sorted(told) == ["device", "fifo", "inner", "stranger.key_secret", "text"]
 
 
@@ -455,7 +535,10 @@ def test_a_single_file_of_client_keys_may_change_and_go_as_well(keys: Keys, tmp_
     known = ClientKeys(str(path))
     assert known.find(keys.alice.key.public) == "client.key"
     os.replace(shutil.copy(keys.stranger.public, tmp_path / "new"), path)
-    assert (known.find(keys.alice.key.public), known.find(keys.stranger.key.public)) == (None, "client.key")
+    assert (known.find(keys.alice.key.public), known.find(keys.stranger.key.public)) == (
+        None,
+        "client.key",
+    )
     path.unlink()
     assert known.find(keys.stranger.key.public) is None
 
@@ -482,7 +565,9 @@ def test_clients_whose_keys_cannot_be_read_just_now_are_let_in_when_they_can(
 
 
 @POSIX
-def test_without_descriptors_nobody_is_let_in_who_was_known_before(keys: Keys, clients: Path) -> None:
+def test_without_descriptors_nobody_is_let_in_who_was_known_before(
+    keys: Keys, clients: Path
+) -> None:
     """What cannot be known just now is no reason to let somebody in, nor to refuse somebody for good."""
     for pair in (keys.alice, keys.server):
         shutil.copy(pair.public, clients)
@@ -505,7 +590,9 @@ def test_without_descriptors_nobody_is_let_in_who_was_known_before(keys: Keys, c
     assert known.find(alice) is None
 
 
-@pytest.mark.parametrize("name", ["999.key", pytest.param(None, marks=POSIX)], ids=["known", "unknown"])
+@pytest.mark.parametrize(
+    "name", ["999.key", pytest.param(None, marks=POSIX)], ids=["known", "unknown"]
+)
 def test_a_key_is_looked_up_among_1000_in_a_millisecond(clients: Path, name: str | None) -> None:
     for number in range(1000):
         public = zmq.curve_keypair()[0]
@@ -531,7 +618,9 @@ def test_however_many_strangers_are_refused_clients_are_let_in_and_memory_and_no
     before = memory(server.pid)
     for _ in range(count // 100):
         strangers = [KeyPair(*zmq.curve_keypair()) for _ in range(100)]
-        assert let_in(context, endpoint, keys.server, *strangers, keys.alice.key) == [False] * 100 + [True]
+        assert let_in(context, endpoint, keys.server, *strangers, keys.alice.key) == [
+            False
+        ] * 100 + [True]
     assert memory(server.pid) - before < 8192, "KiB"
     notices = stop(server)[2]
     assert sum(keys.stranger.key.public.decode() in notice for notice in notices) == 1
@@ -542,7 +631,11 @@ def test_however_many_strangers_are_refused_clients_are_let_in_and_memory_and_no
 LET_ME_IN = b"let me in"
 BY_HAND = {
     "NULL": (greeting() + ready(b"REQ"), b"READY", request(LET_ME_IN)),
-    "PLAIN": (greeting(b"PLAIN") + command(b"HELLO", b"\x05admin\x05admin"), b"WELCOME", request(LET_ME_IN)),
+    "PLAIN": (
+        greeting(b"PLAIN") + command(b"HELLO", b"\x05admin\x05admin"),
+        b"WELCOME",
+        request(LET_ME_IN),
+    ),
     "ZMTP 2": (b"\xff" + bytes(8) + b"\x7f\x01\x03\0\0", b"\x7f", request(LET_ME_IN)),
     "ZMTP 1": (b"\x01\0", b"\x7f", b"\x01\x01" + bytes([len(LET_ME_IN) + 1, 0]) + LET_ME_IN),
 }
@@ -583,11 +676,16 @@ def test_nothing_that_a_stranger_says_reaches_the_server(
     connect = ["send", "--connect", endpoint]
     for stranger in [start(*connect, "--timeout", "0.7", *wrong, LET_ME_IN) for wrong in strangers]:
         assert stranger.finish()[:2] == (1, b"")
-    assert start(*connect, *as_client(keys.alice, keys.server), "it is me").finish()[1] == b"it is me\n"
+    assert (
+        start(*connect, *as_client(keys.alice, keys.server), "it is me").finish()[1]
+        == b"it is me\n"
+    )
     assert stop(server)[:2] == (0, b"it is me\n")
 
 
-def zap_request(credentials: bytes, mechanism: bytes = b"CURVE", source: bytes = b"127.0.0.1") -> list[bytes]:
+def zap_request(
+    credentials: bytes, mechanism: bytes = b"CURVE", source: bytes = b"127.0.0.1"
+) -> list[bytes]:
     return [b"1.0", b"7", b"zmqmsg", source, b"", mechanism, credentials]
 
 
@@ -634,7 +732,9 @@ def curve_server(key: KeyPair, workers: Path | None = None) -> Callable[[Socket]
     return secure
 
 
-def test_a_worker_serves_an_encrypted_broker_without_a_key_of_its_own(keys: Keys, start: Start, send: Send) -> None:
+def test_a_worker_serves_an_encrypted_broker_without_a_key_of_its_own(
+    keys: Keys, start: Start, send: Send
+) -> None:
     with broker(secure=curve_server(keys.server.key)) as (front, back):
         worker = start("serve", "--connect", back, *of_server(keys.server), "--count", "1")
         assert send("--connect", front, *of_server(keys.server), "hello").stdout == b"hello\n"
@@ -651,13 +751,29 @@ def test_one_server_with_a_key_from_a_pipe_has_clients_of_its_own_and_those_of_a
     with broker(secure=curve_server(keys.stranger.key, keys.server.public)) as (front, back):
         connect = ["serve", "--connect", back, *of_server(keys.stranger)]
         status, _, notices = start(*connect).finish()
-        assert (status, notices) == (1, [f"zmqmsg: {back}: it refused: the server does not know this key"])
-        own = ["--bind", "tcp://127.0.0.1:*", "--key", str(fifo), "--client-keys", str(keys.alice.public)]
+        assert (status, notices) == (
+            1,
+            [f"zmqmsg: {back}: it refused: the server does not know this key"],
+        )
+        own = [
+            "--bind",
+            "tcp://127.0.0.1:*",
+            "--key",
+            str(fifo),
+            "--client-keys",
+            str(keys.alice.public),
+        ]
         server = start(*connect, *own, "--count", "2", "--exec", "tr a-z A-Z")
         fifo.write_bytes(keys.server.secret.read_bytes())
         endpoint = server.wait_for_notice("listening on (.*)")[1]
-        assert send("--connect", endpoint, *as_client(keys.alice, keys.server), "direct").stdout == b"DIRECT\n"
-        assert send("--connect", front, *as_client(keys.server, keys.stranger), "indirect").stdout == b"INDIRECT\n"
+        assert (
+            send("--connect", endpoint, *as_client(keys.alice, keys.server), "direct").stdout
+            == b"DIRECT\n"
+        )
+        assert (
+            send("--connect", front, *as_client(keys.server, keys.stranger), "indirect").stdout
+            == b"INDIRECT\n"
+        )
         assert server.finish()[:2] == (0, b"direct\nindirect\n")
 
 
@@ -687,7 +803,9 @@ def test_nothing_that_is_said_under_curve_can_be_read_on_the_wire(
 
 
 @POSIX
-def test_no_output_shows_a_secret_key(keys: Keys, clients: Path, tmp_path: Path, guarded: Serve, start: Start) -> None:
+def test_no_output_shows_a_secret_key(
+    keys: Keys, clients: Path, tmp_path: Path, guarded: Serve, start: Start
+) -> None:
     secret = keys.alice.key.secret
     shutil.copy(keys.alice.public, clients)
     shutil.copy2(keys.stranger.secret, clients)

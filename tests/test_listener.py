@@ -43,7 +43,9 @@ def test_nothing_is_said_of_clients_that_are_served_nor_without_verbose_of_other
 
 
 @POSIX
-def test_many_connections_during_a_command_hold_nobody_up_and_few_are_told_of(context: Context, serve: Serve) -> None:
+def test_many_connections_during_a_command_hold_nobody_up_and_few_are_told_of(
+    context: Context, serve: Serve
+) -> None:
     server, endpoint = serve("--verbose", "--exec", "sleep 1; cat")
     with context.socket(zmq.REQ) as client:
         client.connect(endpoint)

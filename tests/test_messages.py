@@ -16,7 +16,19 @@ from hypothesis import strategies as st
 
 from zmqmsg.sockets import Context
 
-from conftest import COMMAND, LIMIT, LINUX, POSIX, Process, Send, Serve, Start, memory, open_server, until
+from conftest import (
+    COMMAND,
+    LIMIT,
+    LINUX,
+    POSIX,
+    Process,
+    Send,
+    Serve,
+    Start,
+    memory,
+    open_server,
+    until,
+)
 
 with suppress(ImportError):  # Windows has none
     from fcntl import ioctl
@@ -27,11 +39,15 @@ NO_SPACE = "zmqmsg: cannot write to standard output: No space left on device"
 CLOSED = "zmqmsg: cannot write to standard output: Bad file descriptor"
 
 # Each example is a process of its own.
-few = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+few = settings(
+    max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 
 
 def messages_without(end: bytes) -> st.SearchStrategy[list[bytes]]:
-    return st.lists(st.binary(max_size=100).map(lambda text: text.replace(end, b"")), min_size=1, max_size=16)
+    return st.lists(
+        st.binary(max_size=100).map(lambda text: text.replace(end, b"")), min_size=1, max_size=16
+    )
 
 
 def ended(frames: Iterable[bytes], end: bytes = b"\n") -> bytes:
@@ -48,8 +64,12 @@ def read(process: Process, size: int) -> bytes:
 
 
 @POSIX
-@pytest.mark.parametrize(("end", "options"), [(b"\n", []), (b"\0", ["--null"])], ids=["lines", "null"])
-def test_any_messages_of_standard_input_come_back(serve: Serve, send: Send, end: bytes, options: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("end", "options"), [(b"\n", []), (b"\0", ["--null"])], ids=["lines", "null"]
+)
+def test_any_messages_of_standard_input_come_back(
+    serve: Serve, send: Send, end: bytes, options: list[str]
+) -> None:
     server, endpoint = serve(*options)
 
     @few
@@ -64,7 +84,9 @@ def test_any_messages_of_standard_input_come_back(serve: Serve, send: Send, end:
 
 
 @POSIX
-def test_any_frames_come_from_anywhere_and_are_one_request(context: Context, send: Send, tmp_path: Path) -> None:
+def test_any_frames_come_from_anywhere_and_are_one_request(
+    context: Context, send: Send, tmp_path: Path
+) -> None:
     server, endpoint = open_server(context, zmq.REP)
     path = tmp_path / "content"
     requests: list[list[bytes]] = []
@@ -76,14 +98,28 @@ def test_any_frames_come_from_anywhere_and_are_one_request(context: Context, sen
     @few
     @given(messages_without(b"\0"), st.binary(max_size=100), st.binary(max_size=100))
     @example(
-        [b"", b"-", b"--", b"--help", b"-x", b"\xff\xfe", "\N{SNOWMAN}".encode(), b"\n", b"\xed\xb2\x80"], b"", b""
+        [
+            b"",
+            b"-",
+            b"--",
+            b"--help",
+            b"-x",
+            b"\xff\xfe",
+            "\N{SNOWMAN}".encode(),
+            b"\n",
+            b"\xed\xb2\x80",
+        ],
+        b"",
+        b"",
     )
     @example([b"", b""], bytes(range(256)) * 300, b"\n\0\r" + bytes(300_000))
     def check(arguments: list[bytes], content: bytes, piped: bytes) -> None:
         path.write_bytes(content)
         thread = threading.Thread(target=answer_backwards)
         thread.start()
-        done = send("--connect", endpoint, "-m", "-f", "-", "-f", str(path), "--", *arguments, input=piped)
+        done = send(
+            "--connect", endpoint, "-m", "-f", "-", "-f", str(path), "--", *arguments, input=piped
+        )
         thread.join(LIMIT)
         assert requests[-1] == [*arguments, piped, content]
         assert (done.returncode, done.stdout, done.stderr) == (0, ended(requests[-1][::-1]), b"")
@@ -101,7 +137,9 @@ def test_any_frames_come_back_through_serve(echo: str, send: Send, frames: list[
 # Arguments and files
 
 
-def test_arguments_come_first_and_then_the_files_in_their_order(echo: str, send: Send, tmp_path: Path) -> None:
+def test_arguments_come_first_and_then_the_files_in_their_order(
+    echo: str, send: Send, tmp_path: Path
+) -> None:
     (tmp_path / "first").write_bytes(b"1")
     (tmp_path / "second").write_bytes(b"2\n\0")
     order = ["--file", "second", "a", "--file", "-", "", "--file", "first"]
@@ -110,7 +148,9 @@ def test_arguments_come_first_and_then_the_files_in_their_order(echo: str, send:
 
 
 @pytest.mark.parametrize("arguments", [[""], ["--file", os.devnull]])
-def test_an_empty_message_is_one_and_leaves_standard_input_unread(echo: str, send: Send, arguments: list[str]) -> None:
+def test_an_empty_message_is_one_and_leaves_standard_input_unread(
+    echo: str, send: Send, arguments: list[str]
+) -> None:
     reader, writer = os.pipe()
     os.write(writer, b"not to be read")
     done = send("--connect", echo, *arguments, stdin=reader)
@@ -120,7 +160,9 @@ def test_an_empty_message_is_one_and_leaves_standard_input_unread(echo: str, sen
     assert (done.returncode, done.stdout) == (0, b"\n")
 
 
-NOT_ROOT = pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root may read any file")
+NOT_ROOT = pytest.mark.skipif(
+    sys.platform == "win32" or os.geteuid() == 0, reason="root may read any file"
+)
 
 
 @pytest.mark.parametrize("name", ["missing", ".", "", pytest.param("secret", marks=NOT_ROOT)])
@@ -128,7 +170,9 @@ def test_a_file_that_cannot_be_read_is_wrong_usage_before_anything_is_sent(
     send: Send, tmp_path: Path, name: str
 ) -> None:
     (tmp_path / "secret").touch(mode=0)
-    done = send("--connect", NOBODY, "argument", "--file", "-", "--file", name, input=b"piped", cwd=tmp_path)
+    done = send(
+        "--connect", NOBODY, "argument", "--file", "-", "--file", name, input=b"piped", cwd=tmp_path
+    )
     assert (done.returncode, done.stdout) == (2, b"")
     assert f"'{name}'".encode() in done.stderr
 
@@ -140,7 +184,9 @@ def test_a_file_that_fails_while_it_is_read_is_named_with_the_reason(echo: str, 
     assert done.stderr == b"zmqmsg: cannot read /proc/self/mem: Input/output error\n"
 
 
-def test_a_non_blocking_input_that_another_reads_too_is_read_to_its_end(echo: str, start: Start) -> None:
+def test_a_non_blocking_input_that_another_reads_too_is_read_to_its_end(
+    echo: str, start: Start
+) -> None:
     reading, writing = os.pipe()
     os.set_blocking(reading, False)
     clients = [start("send", "--connect", echo, stdin=reading) for _ in range(2)]
@@ -180,7 +226,9 @@ def test_with_raw_there_is_nothing_after_a_message(serve: Serve, send: Send) -> 
 
 
 @pytest.mark.parametrize("options", [[], ["--null"], ["--file", "-", "--multipart"]])
-def test_nothing_to_send_is_told_unless_an_empty_message_is_given(send: Send, options: list[str], echo: str) -> None:
+def test_nothing_to_send_is_told_unless_an_empty_message_is_given(
+    send: Send, options: list[str], echo: str
+) -> None:
     """An unset variable must not look like a healthy service."""
     done = send("--connect", echo, *options, input=b"")
     assert done.returncode == 0
@@ -222,9 +270,14 @@ def peak(client: Process, lines: bytes) -> int:
 @LINUX
 @pytest.mark.parametrize(
     ("line", "few", "many"),
-    [(b"x" * 10_000 + b"\n", 100, 1500), pytest.param(b"line\n", 1000, 1_000_000, marks=pytest.mark.soak)],
+    [
+        (b"x" * 10_000 + b"\n", 100, 1500),
+        pytest.param(b"line\n", 1000, 1_000_000, marks=pytest.mark.soak),
+    ],
 )
-def test_long_input_needs_no_more_memory_than_short(echo: str, start: Start, line: bytes, few: int, many: int) -> None:
+def test_long_input_needs_no_more_memory_than_short(
+    echo: str, start: Start, line: bytes, few: int, many: int
+) -> None:
     short, long = (peak(start("send", "--connect", echo), line * count) for count in (few, many))
     assert long <= short + 4096
 
@@ -233,7 +286,9 @@ def test_long_input_needs_no_more_memory_than_short(echo: str, start: Start, lin
 
 
 @pytest.mark.parametrize("lines", [b"two", b"more\n" * 1_000_000], ids=["one line", "a stream"])
-def test_a_closed_reader_ends_send_quietly_at_the_next_write(echo: str, start: Start, lines: bytes) -> None:
+def test_a_closed_reader_ends_send_quietly_at_the_next_write(
+    echo: str, start: Start, lines: bytes
+) -> None:
     client = start("send", "--connect", echo)
     client.send_line(b"one")
     assert client.read_line() == b"one"
@@ -248,10 +303,20 @@ def test_a_closed_reader_ends_send_quietly_at_the_next_write(echo: str, start: S
 
 
 @LINUX
-def test_a_full_disk_ends_send_with_one_line_and_no_further_message_is_sent(serve: Serve, send: Send) -> None:
+def test_a_full_disk_ends_send_with_one_line_and_no_further_message_is_sent(
+    serve: Serve, send: Send
+) -> None:
     server, endpoint = serve()
     with Path("/dev/full").open("wb") as full:
-        done = send("--connect", endpoint, "one", "two", stdout=full, stderr=subprocess.PIPE, capture_output=False)
+        done = send(
+            "--connect",
+            endpoint,
+            "one",
+            "two",
+            stdout=full,
+            stderr=subprocess.PIPE,
+            capture_output=False,
+        )
     assert (done.returncode, done.stderr.decode()) == (1, NO_SPACE + "\n")
     assert send("--connect", endpoint, "later").returncode == 0
     assert [server.read_line(), server.read_line()] == [b"one", b"later"]
@@ -279,14 +344,18 @@ def test_a_reply_that_cannot_be_written_is_no_success(
 ) -> None:
     server, endpoint = serve("--count", "1", "--quiet")
     (tmp_path / "content").write_bytes(bytes(size))
-    done = send("--connect", endpoint, "--file", "content", cwd=tmp_path, preexec_fn=closing(*closed))
+    done = send(
+        "--connect", endpoint, "--file", "content", cwd=tmp_path, preexec_fn=closing(*closed)
+    )
     assert (done.returncode, done.stderr.decode()) == (1, "" if 2 in closed else CLOSED + "\n")
     assert server.wait() == 0
 
 
 @POSIX
 @pytest.mark.parametrize("options", [[], ["--file", "-"]], ids=["lines", "whole"])
-@pytest.mark.parametrize("prepare", [closing(0), make_input_write_only], ids=["closed", "write-only"])
+@pytest.mark.parametrize(
+    "prepare", [closing(0), make_input_write_only], ids=["closed", "write-only"]
+)
 def test_standard_input_that_cannot_be_read_is_a_failure_in_one_line(
     echo: str, send: Send, options: list[str], prepare: Callable[[], object]
 ) -> None:
@@ -308,9 +377,15 @@ def test_closed_streams_that_are_not_needed_do_no_harm(
 
 
 @LINUX
-@pytest.mark.parametrize(("arguments", "status"), [(["send", "hi"], 0), (["send", "-f", "/missing"], 2), ([], 2)])
-def test_notices_that_cannot_be_written_change_no_exit_status(echo: str, arguments: list[str], status: int) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "status"), [(["send", "hi"], 0), (["send", "-f", "/missing"], 2), ([], 2)]
+)
+def test_notices_that_cannot_be_written_change_no_exit_status(
+    echo: str, arguments: list[str], status: int
+) -> None:
     environment = os.environ | {"ZMQMSG_SEND_CONNECT": echo, "ZMQMSG_SEND_VERBOSE": "1"}
     with Path("/dev/full").open("wb") as full:
-        done = subprocess.run([*COMMAND, *arguments], env=environment, stdout=subprocess.PIPE, stderr=full)
+        done = subprocess.run(
+            [*COMMAND, *arguments], env=environment, stdout=subprocess.PIPE, stderr=full
+        )
     assert done.returncode == status

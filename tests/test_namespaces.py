@@ -16,7 +16,10 @@ pytestmark = [
     LINUX,
     pytest.mark.skipif(
         sys.platform != "linux"
-        or subprocess.run(["unshare", "-fpnm", "--mount-proc", "true"], capture_output=True).returncode != 0,
+        or subprocess.run(
+            ["unshare", "-fpnm", "--mount-proc", "true"], capture_output=True
+        ).returncode
+        != 0,
         reason="needs the right to make namespaces",
     ),
 ]
@@ -28,7 +31,9 @@ def inside(start: Start, tmp_path: Path) -> Callable[..., Process]:
 
     def inside(script: str, *arguments: str) -> Process:
         path = tmp_path / "script"
-        path.write_text(f'#!/bin/sh\nset -e\ncd {tmp_path}\nset -- {sys.executable} "$@"\n{script}\n')
+        path.write_text(
+            f'#!/bin/sh\nset -e\ncd {tmp_path}\nset -- {sys.executable} "$@"\n{script}\n'
+        )
         path.chmod(0o755)
         return start(*arguments, executable=path)
 
@@ -46,7 +51,9 @@ def process_1(process: Process) -> int:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_process_1_is_ended_by_a_signal_as_any_other(inside: Callable[..., Process], number: int) -> None:
+def test_process_1_is_ended_by_a_signal_as_any_other(
+    inside: Callable[..., Process], number: int
+) -> None:
     """Without a handler, the kernel drops the signal."""
     sender = inside(AS_PROCESS_1, "send", "--connect", "tcp://127.0.0.1:1", "x")
     sender.wait_for_notice("waiting for")
@@ -58,7 +65,9 @@ def test_process_1_serves_until_the_first_signal_and_ends_at_the_second(
     inside: Callable[..., Process], start: Start, tmp_path: Path
 ) -> None:
     endpoint = f"ipc://{tmp_path}/socket"
-    server = inside(AS_PROCESS_1, "serve", "--bind", endpoint, "--exec", "echo begun >&2; sleep 600")
+    server = inside(
+        AS_PROCESS_1, "serve", "--bind", endpoint, "--exec", "echo begun >&2; sleep 600"
+    )
     server.wait_for_notice("listening")
     start("send", "--connect", endpoint, "x")
     server.wait_for_notice("begun")
@@ -113,7 +122,9 @@ exec "$@"' sh "$@"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_bind_that_waits_for_a_name_server_is_ended_by_a_signal(inside: Callable[..., Process], number: int) -> None:
+def test_a_bind_that_waits_for_a_name_server_is_ended_by_a_signal(
+    inside: Callable[..., Process], number: int
+) -> None:
     server = inside(HUNG_NAME_SERVER, "serve", "--bind", "tcp://some.name.example:5555")
     until(lambda: b"zmqmsg" in Path(f"/proc/{server.pid}/cmdline").read_bytes())
     time.sleep(1)  # until it has asked; nothing tells of that
@@ -126,8 +137,14 @@ def test_a_name_server_that_hangs_holds_up_no_other_endpoint(
     inside: Callable[..., Process], serve: Serve, tmp_path: Path, count: int
 ) -> None:
     _, endpoint = serve("--bind", f"ipc://{tmp_path}/socket")
-    names = [option for number in range(count) for option in ("--connect", f"tcp://n{number}.example:5555")]
-    sender = inside(HUNG_NAME_SERVER, "send", *names, "--connect", endpoint, "--timeout", "5", "one", "two")
+    names = [
+        option
+        for number in range(count)
+        for option in ("--connect", f"tcp://n{number}.example:5555")
+    ]
+    sender = inside(
+        HUNG_NAME_SERVER, "send", *names, "--connect", endpoint, "--timeout", "5", "one", "two"
+    )
     assert sender.finish()[:2] == (0, b"one\ntwo\n")
     alone = inside(HUNG_NAME_SERVER, "send", *names, "x")
     alone.wait_for_notice("waiting for tcp://n0.example:5555: resolving the name takes long")
@@ -149,11 +166,15 @@ def test_a_network_that_goes_nowhere_is_told_in_the_words_of_the_system(
 ) -> None:
     script = f"""exec unshare -n sh -c '{network}; exec "$@"' sh "$@" """
     sender = inside(script, "send", "--connect", "tcp://192.0.2.1:5555", "x")
-    assert sender.wait_for_notice("zmqmsg: (.*)")[1] == f"waiting for tcp://192.0.2.1:5555: {reason}"
+    assert (
+        sender.wait_for_notice("zmqmsg: (.*)")[1] == f"waiting for tcp://192.0.2.1:5555: {reason}"
+    )
 
 
 @pytest.mark.parametrize("bound", ["[fd00::1]", "six.example", "127.0.0.3"])
-def test_each_address_of_a_name_is_tried_and_ipv6_needs_no_brackets(inside: Callable[..., Process], bound: str) -> None:
+def test_each_address_of_a_name_is_tried_and_ipv6_needs_no_brackets(
+    inside: Callable[..., Process], bound: str
+) -> None:
     name = "three.example" if bound == "127.0.0.3" else "six.example"
     script = f"""exec unshare -nm sh -c 'ip link set lo up; ip addr add fd00::1/64 dev lo nodad
     printf "%s\\n" "fd00::1 six.example" "127.0.0.1 three.example" "127.0.0.3 three.example" > hosts

@@ -17,11 +17,28 @@ from zmqmsg.sockets import Context, Socket
 from conftest import POSIX, Send, Serve, Start, ask, open_server
 
 # What a quoted line can consist of, TAB aside: harmless text, escapes, and bytes that are never valid UTF-8.
-PIECES = [*"ab \u00e9\u20ac\U0001f44d", "\\\\", r"\t", r"\n", r"\r", r"\x00", r"\x1b", r"\x7f", r"\xc2\x9b", r"\xff"]
+PIECES = [
+    *"ab \u00e9\u20ac\U0001f44d",
+    "\\\\",
+    r"\t",
+    r"\n",
+    r"\r",
+    r"\x00",
+    r"\x1b",
+    r"\x7f",
+    r"\xc2\x9b",
+    r"\xff",
+]
 
 FRAME = st.binary(max_size=20) | st.text(max_size=20).map(str.encode)
 
-AWKWARD = [[b""], [b"", b"", b""], [b"a\tb\nc\\\r\0"], [bytes(range(256)), "\u20ac\u202e".encode()], [b"\\x41"]]
+AWKWARD = [
+    [b""],
+    [b"", b"", b""],
+    [b"a\tb\nc\\\r\0"],
+    [bytes(range(256)), "\u20ac\u202e".encode()],
+    [b"\\x41"],
+]
 """Messages that a log of plain lines would lose."""
 
 without_deadline = settings(deadline=None)
@@ -33,7 +50,9 @@ def test_what_is_quoted_is_read_back_the_same(frames: list[bytes]) -> None:
     line = quote(frames)
     assert unquote(line) == frames
     assert line.count(b"\t") == len(frames) - 1
-    assert {character for character in line.decode() if unicodedata.category(character) == "Cc"} <= {"\t"}
+    assert {
+        character for character in line.decode() if unicodedata.category(character) == "Cc"
+    } <= {"\t"}
 
 
 @without_deadline
@@ -53,10 +72,15 @@ def test_a_quoted_line_that_is_read_is_quoted_the_same(text: str) -> None:
         ("\u2066 \u2069".encode(), rb"\xe2\x81\xa6 \xe2\x81\xa9"),
         (b"\xff \xe2\x82 \xc0\x80", rb"\xff \xe2\x82 \xc0\x80"),
         (b"\xed\xb2\x80", rb"\xed\xb2\x80"),  # a surrogate, which is no valid UTF-8
-        *[(text.encode(), text.encode()) for text in ('{"a": 1}', "\u65e5 \u05e2\u05d1", "\U0001f468\u200d\U0001f469")],
+        *[
+            (text.encode(), text.encode())
+            for text in ('{"a": 1}', "\u65e5 \u05e2\u05d1", "\U0001f468\u200d\U0001f469")
+        ],
     ],
 )
-def test_special_bytes_are_escaped_and_harmless_text_stays_readable(frame: bytes, quoted: bytes) -> None:
+def test_special_bytes_are_escaped_and_harmless_text_stays_readable(
+    frame: bytes, quoted: bytes
+) -> None:
     assert quote([frame]) == quoted
 
 
@@ -70,13 +94,21 @@ def answer(server: Socket, replies: list[list[bytes]]) -> list[list[bytes]]:
 
 
 @pytest.mark.parametrize("end", [b"\n", b""], ids=["newline", "no final newline"])
-def test_send_reads_and_prints_quoted_lines(context: Context, start: Start, tmp_path: Path, end: bytes) -> None:
+def test_send_reads_and_prints_quoted_lines(
+    context: Context, start: Start, tmp_path: Path, end: bytes
+) -> None:
     server, endpoint = open_server(context, zmq.REP)
     lines = [rb"one" + b"\t\t" + rb"t\two\\", b"", rb"\x41\xfF\x00", b"raw \xff\r", b"last"]
     (tmp_path / "lines").write_bytes(b"\n".join(lines) + end)
     with (tmp_path / "lines").open("rb") as file:
         sender = start("send", "-Q", "--connect", endpoint, stdin=file)
-    assert answer(server, AWKWARD) == [[b"one", b"", b"t\two\\"], [b""], [b"A\xff\0"], [b"raw \xff\r"], [b"last"]]
+    assert answer(server, AWKWARD) == [
+        [b"one", b"", b"t\two\\"],
+        [b""],
+        [b"A\xff\0"],
+        [b"raw \xff\r"],
+        [b"last"],
+    ]
     status, output, notices = sender.finish()
     assert (status, notices) == (0, [])
     assert [unquote(line) for line in output.removesuffix(b"\n").split(b"\n")] == AWKWARD
@@ -102,7 +134,9 @@ def test_arguments_and_fixed_replies_are_quoted_lines_and_files_are_not(
 ) -> None:
     (tmp_path / "file").write_bytes(b"\\q\t\n")
     server, endpoint = serve("-Q", "--reply", "status\tok\\x00")
-    done = send("-Q", "-m", "--connect", endpoint, "-f", str(tmp_path / "file"), "a\\tb\tc", r"\xff")
+    done = send(
+        "-Q", "-m", "--connect", endpoint, "-f", str(tmp_path / "file"), "a\\tb\tc", r"\xff"
+    )
     assert (done.returncode, done.stdout) == (0, b"status\tok\\x00\n")
     assert server.read_line() == rb"a\tb" + b"\tc\t" + rb"\xff" + b"\t" + rb"\\q\t\n"
 
@@ -132,7 +166,9 @@ def test_a_recorded_conversation_can_be_searched_and_played_again(
         assert ask(context, endpoint, *request) == request
     assert recorder.finish()[0] == 0
 
-    found = subprocess.run("grep -a ^get log | cut -f2 | sort", shell=True, cwd=tmp_path, capture_output=True)
+    found = subprocess.run(
+        "grep -a ^get log | cut -f2 | sort", shell=True, cwd=tmp_path, capture_output=True
+    )
     assert found.stdout == rb"one" + b"\n" + rb"two\nlines" + b"\n"
 
     other, endpoint = open_server(context, zmq.REP)
@@ -147,7 +183,9 @@ def test_the_heartbeat_of_a_jupyter_kernel_is_an_echo(send: Send, tmp_path: Path
     write_connection_file = pytest.importorskip("jupyter_client.connect").write_connection_file
     path, ports = write_connection_file(str(tmp_path / "kernel.json"), ip="127.0.0.1")
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", path]
-    kernel = subprocess.Popen(command, env=os.environ | {"IPYTHONDIR": str(tmp_path)}, stderr=subprocess.DEVNULL)
+    kernel = subprocess.Popen(
+        command, env=os.environ | {"IPYTHONDIR": str(tmp_path)}, stderr=subprocess.DEVNULL
+    )
     try:
         assert send("--connect", f"tcp://127.0.0.1:{ports['hb_port']}", "ping").stdout == b"ping\n"
     finally:

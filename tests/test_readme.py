@@ -28,7 +28,9 @@ class Shells:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         # Any ports, as others may use the README's.
-        self._ports = [(port, str(address(free_endpoint())[1])) for port in ("5555", "5556", "6000")]
+        self._ports = [
+            (port, str(address(free_endpoint())[1])) for port in ("5555", "5556", "6000")
+        ]
         self._environment = os.environ | {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "ZMQMSG_SEND_CONNECT": f"tcp://127.0.0.1:{self._ports[0][1]}",
@@ -45,7 +47,12 @@ class Shells:
         """Run ``commands`` to their end in a bash with ``options``, and return what they show."""
         shell = ["bash", *options.split(), "-c", f"exec 2>&1; {commands}"]
         done = subprocess.run(
-            shell, cwd=self._directory, env=self._environment, stdout=subprocess.PIPE, timeout=LIMIT, check=False
+            shell,
+            cwd=self._directory,
+            env=self._environment,
+            stdout=subprocess.PIPE,
+            timeout=LIMIT,
+            check=False,
         )
         assert not options or done.returncode == 0, f"{commands}: {done.stdout!r}"
         return done.stdout.decode(errors="backslashreplace")
@@ -57,7 +64,11 @@ class Shells:
             del environment["ZMQMSG_SERVE_BIND"]
         output = (self._directory / f".output-{len(self._background)}").open("w+b")
         process = subprocess.Popen(
-            ["bash", "-c", f"exec {command}"], cwd=self._directory, env=environment, stdout=output, stderr=output
+            ["bash", "-c", f"exec {command}"],
+            cwd=self._directory,
+            env=environment,
+            stdout=output,
+            stderr=output,
         )
         self._background.append((process, output, expected))
         path = Path(output.name)
@@ -94,8 +105,12 @@ def shells(tmp_path: Path) -> Iterator[Shells]:
     shells.close()
 
 
-@pytest.mark.parametrize("section", [title for title, text in SECTIONS.items() if BLOCK.search(text)])
-def test_what_the_readme_shows_is_what_happens(shells: Shells, tmp_path: Path, section: str) -> None:
+@pytest.mark.parametrize(
+    "section", [title for title, text in SECTIONS.items() if BLOCK.search(text)]
+)
+def test_what_the_readme_shows_is_what_happens(
+    shells: Shells, tmp_path: Path, section: str
+) -> None:
     has_server = False
     for kind, text in BLOCK.findall(shells.replace_ports(SECTIONS[section])):
         command, _, expected = text.removeprefix("$ ").partition("\n")
@@ -103,24 +118,34 @@ def test_what_the_readme_shows_is_what_happens(shells: Shells, tmp_path: Path, s
             case ["python", file]:
                 (tmp_path / file).write_text(text)
             case ["console"]:
-                for command, expected in re.findall(r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE):
+                for command, expected in re.findall(
+                    r"^\$ (.*)\n((?:(?!\$ ).*\n)*)", text, re.MULTILINE
+                ):
                     assert_shows(shells.run(command), expected)
             case ["console", "server"]:
                 shells.stop()
-                shells.start(command, expected, None if command.startswith("python3") else b"listening on")
+                shells.start(
+                    command, expected, None if command.startswith("python3") else b"listening on"
+                )
                 has_server = True
             case ["sh", "run"]:
                 if not has_server:
                     shells.start("zmqmsg serve --quiet", "", b"listening on")
                     has_server = True
-                assert shells.run(text if shutil.which("jq") else re.sub(".*jq.*\n", "", text), STRICT)
+                assert shells.run(
+                    text if shutil.which("jq") else re.sub(".*jq.*\n", "", text), STRICT
+                )
             case ["sh", "servers"]:
                 (tmp_path / "command").write_text("#!/bin/sh\nexec cat\n")
                 (tmp_path / "command").chmod(0o755)
                 for line in filter(usable, text.splitlines()):
                     shells.stop()
                     if "send" in line:  # a tap
-                        shells.start(shells.replace_ports("zmqmsg serve --bind tcp://127.0.0.1:6000"), "", b"listening")
+                        shells.start(
+                            shells.replace_ports("zmqmsg serve --bind tcp://127.0.0.1:6000"),
+                            "",
+                            b"listening",
+                        )
                     shells.start(line, "", b"listening on")
                     reply = shells.run("""zmqmsg send --timeout 5 --retries 0 '{"id": 1}'""")
                     assert ("no reply" in reply) is ("kill" in line), (line, reply)
@@ -131,7 +156,9 @@ def test_what_the_readme_shows_is_what_happens(shells: Shells, tmp_path: Path, s
                 for _ in range(3):
                     shells.start(text, "", b"connected to")
             case ["sh", "clients"]:
-                assert shells.run(text, STRICT) == "".join(f"JOB {number}\n" for number in range(1, 101))
+                assert shells.run(text, STRICT) == "".join(
+                    f"JOB {number}\n" for number in range(1, 101)
+                )
     shells.stop()
 
 

@@ -75,7 +75,11 @@ def test_three_messages_are_printed_at_the_server_and_their_replies_at_the_clien
     done = send("--connect", connect, "first message", "second message", "third message")
     lines = b"first message\nsecond message\nthird message\n"
     assert (done.returncode, done.stdout, done.stderr) == (0, lines, b"")
-    assert server.finish() == (0, lines, [f"zmqmsg: listening on {real}", "zmqmsg: 3 requests served"])
+    assert server.finish() == (
+        0,
+        lines,
+        [f"zmqmsg: listening on {real}", "zmqmsg: 3 requests served"],
+    )
 
 
 def test_a_rep_socket_of_pyomq_is_a_server(start: Start) -> None:
@@ -92,22 +96,32 @@ def test_a_rep_socket_of_pyomq_is_a_server(start: Start) -> None:
 
 
 @POSIX
-def test_send_before_serve_says_what_it_waits_for(serve: Serve, start: Start, tmp_path: Path) -> None:
+def test_send_before_serve_says_what_it_waits_for(
+    serve: Serve, start: Start, tmp_path: Path
+) -> None:
     endpoint = f"ipc://{tmp_path}/a.sock"
     sender = start("send", "--connect", endpoint, "x")
     waiting = f"waiting for {endpoint}: no such file or directory"
     assert first_notice(sender) == waiting
     serve("--bind", endpoint)
-    assert sender.finish() == (0, b"x\n", [f"zmqmsg: {waiting}", f"zmqmsg: connected to {endpoint}"])
+    assert sender.finish() == (
+        0,
+        b"x\n",
+        [f"zmqmsg: {waiting}", f"zmqmsg: connected to {endpoint}"],
+    )
 
 
 def drop_privilege() -> None:
-    ctypes.CDLL(None).prctl(24, 1)  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: for root, modes count from now on, too
+    ctypes.CDLL(None).prctl(
+        24, 1
+    )  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: for root, modes count from now on, too
     ctypes.CDLL(None).prctl(24, 2)  # CAP_DAC_READ_SEARCH
 
 
 @LINUX
-def test_an_ipc_path_without_permission_is_told_as_that(serve: Serve, start: Start, tmp_path: Path) -> None:
+def test_an_ipc_path_without_permission_is_told_as_that(
+    serve: Serve, start: Start, tmp_path: Path
+) -> None:
     (tmp_path / "directory").mkdir()
     paths = [tmp_path / "socket", tmp_path / "directory" / "socket"]
     endpoints = [f"ipc://{path}" for path in paths]
@@ -146,7 +160,9 @@ socket.socket.connect = lambda self, address: (self.bind(address), connect(self,
 """
 
 
-def test_a_socket_that_is_connected_to_itself_counts_as_refused(start: Start, tmp_path: Path) -> None:
+def test_a_socket_that_is_connected_to_itself_counts_as_refused(
+    start: Start, tmp_path: Path
+) -> None:
     """TCP can connect to a free port from that very port."""
     (tmp_path / "sitecustomize.py").write_text(CONNECT_TO_ITSELF)
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
@@ -163,7 +179,10 @@ WRONG: list[tuple[Talk, str]] = [
     *((talk, f"it does not speak ZeroMQ; it says '{words}") for talk, words in OTHER_PROTOCOLS),
     (partial(say, greeting(b"PLAIN")), "it requires PLAIN, which zmqmsg does not speak"),
     (partial(say, greeting(b"CURVE")), "it requires CURVE; pass --server-key"),
-    (partial(say, greeting()[:10] + b"\1\7\0\0"), "it is a PULL socket, not a REP or ROUTER"),  # of ZMTP 2
+    (
+        partial(say, greeting()[:10] + b"\1\7\0\0"),
+        "it is a PULL socket, not a REP or ROUTER",
+    ),  # of ZMTP 2
     (partial(say, greeting() + LONG_READY), "it is a SUB socket, not a REP or ROUTER"),
 ]
 WRONG_WITH_CURVE: list[tuple[Talk, str]] = [
@@ -174,7 +193,17 @@ WRONG_WITH_CURVE: list[tuple[Talk, str]] = [
     (echo_as_zmtp_1, f"it speaks ZMTP 1, {TOO_OLD}"),
     (partial(say, b"\6\0alice"), f"it speaks ZMTP 1, {TOO_OLD}"),  # with an identity
 ]
-WRONG_TYPES = [zmq.PUB, zmq.PUSH, zmq.REQ, zmq.PAIR, zmq.PULL, zmq.SUB, zmq.DEALER, zmq.XPUB, zmq.XSUB]
+WRONG_TYPES = [
+    zmq.PUB,
+    zmq.PUSH,
+    zmq.REQ,
+    zmq.PAIR,
+    zmq.PULL,
+    zmq.SUB,
+    zmq.DEALER,
+    zmq.XPUB,
+    zmq.XSUB,
+]
 
 
 @pytest.mark.parametrize(
@@ -192,14 +221,20 @@ def test_send_ends_at_once_when_all_its_endpoints_can_never_answer(
         for socket_type in WRONG_TYPES:
             server, endpoint = open_server(context, socket_type)
             stack.enter_context(server)
-            reasons[endpoint] = NO_CURVE if curve else f"it is a {socket_type.name} socket, not a REP or ROUTER"
+            reasons[endpoint] = (
+                NO_CURVE if curve else f"it is a {socket_type.name} socket, not a REP or ROUTER"
+            )
         done = send(*connects(*reasons), *options, "x", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, b"")
     last = done.stderr.decode().splitlines()[-1]
-    assert [endpoint for endpoint, reason in reasons.items() if f"{endpoint}: {reason}" not in last] == []
+    assert [
+        endpoint for endpoint, reason in reasons.items() if f"{endpoint}: {reason}" not in last
+    ] == []
 
 
-def test_a_single_endpoint_that_can_never_answer_is_told_in_one_line(context: Context, send: Send) -> None:
+def test_a_single_endpoint_that_can_never_answer_is_told_in_one_line(
+    context: Context, send: Send
+) -> None:
     _publisher, endpoint = open_server(context, zmq.PUB)
     done = send("--connect", endpoint, "x")
     assert (done.returncode, done.stdout) == (1, b"")
@@ -213,7 +248,9 @@ def test_a_single_endpoint_that_can_never_answer_is_told_in_one_line(context: Co
         (b"500", "waiting for {}: it refused: the server failed to check who we are"),
     ],
 )
-def test_a_server_that_lets_nobody_in_without_keys_is_told_as_that(start: Start, status: bytes, notice: str) -> None:
+def test_a_server_that_lets_nobody_in_without_keys_is_told_as_that(
+    start: Start, status: bytes, notice: str
+) -> None:
     """In ZAP, ZeroMQ's authentication protocol, status 400 is for good, and 500 is not."""
     refusal = greeting() + command(b"ERROR", b"\x03" + status)
     with listening(partial(say, refusal)) as endpoint:
@@ -272,13 +309,17 @@ def test_a_request_whose_time_is_over_is_sent_again_until_the_retries_are_used_u
 ) -> None:
     mute, endpoint = open_server(context, zmq.ROUTER)
     long = "x" * 41
-    sender = start("send", "--connect", endpoint, "--timeout", "0.6", "--retries", "2", long, "never sent")
+    sender = start(
+        "send", "--connect", endpoint, "--timeout", "0.6", "--retries", "2", long, "never sent"
+    )
     assert [mute.recv_multipart()[2] for _ in range(3)] == [long.encode()] * 3
     status, output, (*notices, last) = sender.finish()
     late = f"no reply from {endpoint} within 0.6 s"
     assert (status, output) == (3, b"")
     assert notices == [f"zmqmsg: {late}; retrying ({attempt} of 2)" for attempt in (1, 2)]
-    found = re.search(rf"no reply to '{'x' * 40}'\.\.\. \(3 attempts, (.*) s\): {late}; .*slow or hung", last)
+    found = re.search(
+        rf"no reply to '{'x' * 40}'\.\.\. \(3 attempts, (.*) s\): {late}; .*slow or hung", last
+    )
     assert found
     assert 1.8 <= float(found[1]) < 6
     assert not mute.poll(200)
@@ -326,7 +367,10 @@ def test_an_attempt_that_finds_no_server_any_more_is_one_of_the_retries(
     assert (f"connection to {endpoint} lost; retrying (1 of 2)" if sent else gone) in retries[0]
     assert gone in retries[1]
     assert re.search(
-        rf"no reply to 'x' \(3 attempts, .* s\): {gone}" if sent else rf"{gone}.*\(3 attempts, .* s\)", notices[-1]
+        rf"no reply to 'x' \(3 attempts, .* s\): {gone}"
+        if sent
+        else rf"{gone}.*\(3 attempts, .* s\)",
+        notices[-1],
     )
     assert ("the request may have crashed the server" in notices[-1]) is sent
 
@@ -334,7 +378,9 @@ def test_an_attempt_that_finds_no_server_any_more_is_one_of_the_retries(
 # Several endpoints
 
 
-def test_requests_go_round_robin_among_more_endpoints_than_there_are_io_threads(serve: Serve, start: Start) -> None:
+def test_requests_go_round_robin_among_more_endpoints_than_there_are_io_threads(
+    serve: Serve, start: Start
+) -> None:
     count = 70
     server, _ = serve("--quiet", *["--bind", "tcp://127.0.0.1:*"] * count)
     until(lambda: len(server.notices) == count)
@@ -362,11 +408,17 @@ def exchange(sender: Process) -> list[str]:
 
 def replied(sender: Process) -> list[str]:
     """Return the endpoints that --verbose has named, in the order of their replies."""
-    return [found[1] for notice in sender.notices if (found := re.search("reply from (.*): 1 frame", notice))]
+    return [
+        found[1]
+        for notice in sender.notices
+        if (found := re.search("reply from (.*): 1 frame", notice))
+    ]
 
 
 @POSIX
-def test_dead_and_frozen_servers_among_living_ones_hold_nobody_up(echo: str, serve: Serve, send: Send) -> None:
+def test_dead_and_frozen_servers_among_living_ones_hold_nobody_up(
+    echo: str, serve: Serve, send: Send
+) -> None:
     server, frozen = serve()
     server.signal(signal.SIGSTOP)
     messages = [str(number) for number in range(300)]
@@ -376,7 +428,9 @@ def test_dead_and_frozen_servers_among_living_ones_hold_nobody_up(echo: str, ser
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["from the start", "in the middle"])
-@pytest.mark.parametrize("bad", ["refused: the server does not know this key", "it is a PUB socket"])
+@pytest.mark.parametrize(
+    "bad", ["refused: the server does not know this key", "it is a PUB socket"]
+)
 def test_one_bad_endpoint_among_several_harms_no_good_one(
     context: Context, serve: Serve, start: Start, tmp_path: Path, bad: str, replaced: bool
 ) -> None:
@@ -431,7 +485,9 @@ def test_verbose_reports_each_reply_and_a_summary(serve: Serve, send: Send) -> N
     assert 300 <= float(times[1]) <= float(times[2]) <= float(times[3])
 
 
-def test_verbose_gives_the_time_of_the_attempt_that_brought_the_reply(context: Context, start: Start) -> None:
+def test_verbose_gives_the_time_of_the_attempt_that_brought_the_reply(
+    context: Context, start: Start
+) -> None:
     server, endpoint = open_server(context, zmq.ROUTER)
     sender = start("send", "--verbose", "--connect", endpoint, "--timeout", "1", "x")
     server.recv_multipart()
@@ -456,7 +512,9 @@ def test_verbose_reports_connections_as_they_come_and_go(serve: Serve, start: St
 
 
 @POSIX
-def test_every_wait_is_told_with_its_reason_and_ended_by_ctrl_c(context: Context, serve: Serve, start: Start) -> None:
+def test_every_wait_is_told_with_its_reason_and_ended_by_ctrl_c(
+    context: Context, serve: Serve, start: Start
+) -> None:
     server, frozen = serve()
     server.signal(signal.SIGSTOP)
     dying, lost = open_server(context, zmq.REP)
@@ -494,8 +552,12 @@ def test_ctrl_c_ends_a_wait_for_the_reader_of_the_replies(echo: str, start: Star
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_ctrl_c_stops_a_shell_loop_around_send() -> None:
     """It would go on if ``send`` met the signal and exited, even with status 130."""
-    command = f"while :; do {shlex.join([*COMMAND, 'send', '--connect', free_endpoint(), 'x'])}; done"
-    with subprocess.Popen(["bash", "-c", command], stderr=subprocess.PIPE, start_new_session=True) as loop:
+    command = (
+        f"while :; do {shlex.join([*COMMAND, 'send', '--connect', free_endpoint(), 'x'])}; done"
+    )
+    with subprocess.Popen(
+        ["bash", "-c", command], stderr=subprocess.PIPE, start_new_session=True
+    ) as loop:
         try:
             assert loop.stderr
             assert b"waiting for" in loop.stderr.readline()
@@ -509,7 +571,9 @@ def test_ctrl_c_stops_a_shell_loop_around_send() -> None:
 @POSIX
 def test_where_ctrl_c_is_ignored_it_stays_so(echo: str, start: Start) -> None:
     """As in a background job of a shell."""
-    sender = start("send", "--connect", echo, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    sender = start(
+        "send", "--connect", echo, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+    )
     for _ in range(2):
         exchange(sender)
         sender.signal(signal.SIGINT)
@@ -520,8 +584,13 @@ def test_where_ctrl_c_is_ignored_it_stays_so(echo: str, start: Start) -> None:
 
 
 def test_an_endpoint_as_a_message_is_sent_with_a_notice(send: Send) -> None:
-    done = send("--timeout", "0.1", "tcp://127.0.0.1:1", "hi", env=os.environ | {"ZMQMSG_SEND_RETRIES": "0"})
-    assert b"zmqmsg: 'tcp://127.0.0.1:1' is sent as a message; to connect there, use --connect\n" in done.stderr
+    done = send(
+        "--timeout", "0.1", "tcp://127.0.0.1:1", "hi", env=os.environ | {"ZMQMSG_SEND_RETRIES": "0"}
+    )
+    assert (
+        b"zmqmsg: 'tcp://127.0.0.1:1' is sent as a message; to connect there, use --connect\n"
+        in done.stderr
+    )
 
 
 @POSIX

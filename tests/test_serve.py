@@ -40,7 +40,12 @@ from zmtp import greeting, ready, request
 
 @pytest.mark.parametrize(
     ("options", "printed"),
-    [([], b"one\n\nt\two\n"), (["--null"], b"one\0\0t\two\0"), (["--quoted"], b"one\t\tt\\two\n"), (["--quiet"], b"")],
+    [
+        ([], b"one\n\nt\two\n"),
+        (["--null"], b"one\0\0t\two\0"),
+        (["--quoted"], b"one\t\tt\\two\n"),
+        (["--quiet"], b""),
+    ],
 )
 def test_a_request_of_a_plain_req_socket_is_printed(
     context: Context, serve: Serve, options: list[str], printed: bytes
@@ -80,13 +85,17 @@ def test_verbose_says_who_asked_how_much_and_how_long_the_answer_took(
     context: Context, serve: Serve, tmp_path: Path
 ) -> None:
     local = f"ipc://{tmp_path}/socket"
-    server, endpoint = serve("--verbose", "--bind", "tcp://127.0.0.1:*", "--bind", local, "--exec", "sleep 0.2; cat")
+    server, endpoint = serve(
+        "--verbose", "--bind", "tcp://127.0.0.1:*", "--bind", local, "--exec", "sleep 0.2; cat"
+    )
     assert ask(context, endpoint, b"one", b"two") == [b"onetwo"]
     assert ask(context, local, b"x") == [b"x"]
     with socket.create_connection(address(endpoint), LIMIT) as old:  # libzmq keeps no address of it
         old.sendall(b"\xff" + bytes(8) + b"\x7f\x01\x03\0\0" + request(b"y"))
         server.wait_for_notice("request 3 from unknown address: 1 frame, 1 byte")
-    line = r"request 1 from 127\.0\.0\.1: 2 frames, 6 bytes; reply: 1 frame, 6 bytes, (\d+\.\d+) ms$"
+    line = (
+        r"request 1 from 127\.0\.0\.1: 2 frames, 6 bytes; reply: 1 frame, 6 bytes, (\d+\.\d+) ms$"
+    )
     assert float(server.wait_for_notice(line)[1]) >= 200
     server.wait_for_notice(f"request 2 from process {os.getpid()}: 1 frame, 1 byte")
     server.wait_for_notice("--quoted keeps them apart")
@@ -104,19 +113,31 @@ def test_verbose_says_who_asked_how_much_and_how_long_the_answer_took(
         ("ipc:///nonexistent/a.sock", "there is no such directory"),
     ],
 )
-def test_an_endpoint_that_cannot_be_bound_is_a_failure_in_plain_words(start: Start, endpoint: str, reason: str) -> None:
-    assert start("serve", "--bind", endpoint).finish() == (1, b"", [f"zmqmsg: cannot bind {endpoint}: {reason}"])
+def test_an_endpoint_that_cannot_be_bound_is_a_failure_in_plain_words(
+    start: Start, endpoint: str, reason: str
+) -> None:
+    assert start("serve", "--bind", endpoint).finish() == (
+        1,
+        b"",
+        [f"zmqmsg: cannot bind {endpoint}: {reason}"],
+    )
 
 
 @POSIX
-def test_a_second_bind_that_fails_leaves_no_ipc_file_behind(start: Start, echo: str, tmp_path: Path) -> None:
-    status, output, notices = start("serve", "--bind", f"ipc://{tmp_path}/a.sock", "--bind", echo).finish()
+def test_a_second_bind_that_fails_leaves_no_ipc_file_behind(
+    start: Start, echo: str, tmp_path: Path
+) -> None:
+    status, output, notices = start(
+        "serve", "--bind", f"ipc://{tmp_path}/a.sock", "--bind", echo
+    ).finish()
     assert (status, output) == (1, b"")
     assert f"cannot bind {echo}: address in use" in notices[-1]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bad_broker_harms_neither_a_good_one_nor_what_is_bound(context: Context, serve: Serve, start: Start) -> None:
+def test_a_bad_broker_harms_neither_a_good_one_nor_what_is_bound(
+    context: Context, serve: Serve, start: Start
+) -> None:
     _publisher, bad = open_server(context, zmq.PUB)
     dealer, good = open_server(context, zmq.DEALER)
     reason = "it is a PUB socket, not a DEALER or REQ"
@@ -139,21 +160,30 @@ def test_a_bad_broker_harms_neither_a_good_one_nor_what_is_bound(context: Contex
 
 
 @POSIX
-def test_one_server_serves_all_that_it_binds_and_connects_to(context: Context, serve: Serve, tmp_path: Path) -> None:
+def test_one_server_serves_all_that_it_binds_and_connects_to(
+    context: Context, serve: Serve, tmp_path: Path
+) -> None:
     with broker() as (front, back):
         binds = ["--bind", f"ipc://{tmp_path}/a.sock", "--bind", "tcp://127.0.0.1:*"]
-        server, one = serve(*binds, "--connect", back, "--count", "3", "--null", "--exec", "tr a-z A-Z")
+        server, one = serve(
+            *binds, "--connect", back, "--count", "3", "--null", "--exec", "tr a-z A-Z"
+        )
         two = server.wait_for_notice("listening on (tcp.*)")[1]
         assert [ask(context, endpoint, b"hi") for endpoint in (one, two, front)] == [[b"HI"]] * 3
         assert server.finish()[:2] == (0, b"hi\0" * 3)
 
 
-def test_a_worker_waits_aloud_for_its_broker_loses_it_and_finds_it_again(context: Context, start: Start) -> None:
+def test_a_worker_waits_aloud_for_its_broker_loses_it_and_finds_it_again(
+    context: Context, start: Start
+) -> None:
     back = free_endpoint()
     worker = start("serve", "--connect", back)
 
     def told(text: str, times: int) -> None:
-        until(lambda: sum(text in notice for notice in worker.notices) == times, lambda: worker.notices)
+        until(
+            lambda: sum(text in notice for notice in worker.notices) == times,
+            lambda: worker.notices,
+        )
 
     for number in (1, 2):
         told(f"waiting for {back}", number)
@@ -172,7 +202,9 @@ def test_a_worker_waits_aloud_for_its_broker_loses_it_and_finds_it_again(context
 def slow_client(endpoint: str, body: bytes) -> Iterator[BinaryIO]:
     """Send a request of ``body`` by hand; the context gets the stream to read the reply from, when it likes."""
     with socket.socket() as client:
-        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)  # else the system takes it all
+        client.setsockopt(
+            socket.SOL_SOCKET, socket.SO_RCVBUF, 65536
+        )  # else the system takes it all
         client.settimeout(LIMIT)
         client.connect(address(endpoint))
         client.sendall(greeting() + ready(b"REQ"))
@@ -184,7 +216,9 @@ def slow_client(endpoint: str, body: bytes) -> Iterator[BinaryIO]:
 
 
 @pytest.mark.parametrize("how", ["count", "signal"])
-@pytest.mark.parametrize(("megabytes", "rate"), [(6, 0), pytest.param(24, 2_000_000, marks=soak, id="full")])
+@pytest.mark.parametrize(
+    ("megabytes", "rate"), [(6, 0), pytest.param(24, 2_000_000, marks=soak, id="full")]
+)
 def test_the_last_reply_reaches_a_slow_client_however_long_that_takes(
     serve: Serve, how: str, megabytes: int, rate: int
 ) -> None:
@@ -234,7 +268,9 @@ def test_the_last_reply_of_a_worker_reaches_its_broker_however_soon_the_request_
     size = 20_000_000
     for number in range(4):
         dealer, back = open_server(context, zmq.DEALER, f"ipc://{tmp_path}/{number}.sock")
-        worker = start("serve", "--connect", back, "--count", "1", "--exec", f"head -c {size} /dev/zero")
+        worker = start(
+            "serve", "--connect", back, "--count", "1", "--exec", f"head -c {size} /dev/zero"
+        )
         dealer.send_multipart([b"", b"x"])  # waits for the worker
         assert worker.finish()[:2] == (0, b"x\n")
         assert dealer.poll(5000)
@@ -268,7 +304,8 @@ def test_the_last_reply_of_a_worker_reaches_a_broker_that_was_restarted_during_a
 
 @LINUX
 @pytest.mark.parametrize(
-    ("redirection", "reason"), [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")]
+    ("redirection", "reason"),
+    [(">/dev/full", "No space left on device"), (">&-", "Bad file descriptor")],
 )
 def test_where_printing_fails_the_request_is_answered_first(
     context: Context, serve: Serve, tmp_path: Path, redirection: str, reason: str
@@ -305,7 +342,10 @@ def test_an_output_that_nobody_reads_is_told_of_and_signals_end_the_wait(
     if signals == 2:
         assert status in (1, 128 + signal.SIGINT)
     else:
-        assert (status, server.notices[-2]) == (1, f"{UNREAD}; 1 request was answered, but not printed")
+        assert (status, server.notices[-2]) == (
+            1,
+            f"{UNREAD}; 1 request was answered, but not printed",
+        )
 
 
 @POSIX
@@ -324,14 +364,26 @@ def test_a_non_blocking_output_is_written_as_any_other(send: Send, echo: str) ->
 
     reader = threading.Thread(target=read_slowly)
     reader.start()
-    done = send("--raw", "-c", echo, "-f", "-", input=message, stdout=writing, stderr=None, capture_output=False)
+    done = send(
+        "--raw",
+        "-c",
+        echo,
+        "-f",
+        "-",
+        input=message,
+        stdout=writing,
+        stderr=None,
+        capture_output=False,
+    )
     os.close(writing)
     reader.join(LIMIT)
     assert (done.returncode, b"".join(received)) == (0, message)
 
 
 @POSIX
-def test_notices_that_nobody_reads_keep_no_signal_from_ending_it(start: Start, tmp_path: Path) -> None:
+def test_notices_that_nobody_reads_keep_no_signal_from_ending_it(
+    start: Start, tmp_path: Path
+) -> None:
     endpoint = f"ipc://{tmp_path}/a.sock"
     reading, writing = os.pipe()
     try:

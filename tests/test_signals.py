@@ -13,7 +13,20 @@ import pytest
 from zmqmsg.sockets import Context
 from zmqmsg.system import END_SIGNALS, STOP_SIGNALS
 
-from conftest import LIMIT, LINUX, POSIX, Send, Serve, Start, ask, descriptors, is_running, shell, stop, until
+from conftest import (
+    LIMIT,
+    LINUX,
+    POSIX,
+    Send,
+    Serve,
+    Start,
+    ask,
+    descriptors,
+    is_running,
+    shell,
+    stop,
+    until,
+)
 
 with suppress(ImportError):  # Windows has none
     import resource
@@ -27,12 +40,20 @@ def test_a_signal_ends_an_idle_server_and_leaves_no_ipc_file_behind(
 ) -> None:
     server, endpoint = serve("--bind", f"ipc://{tmp_path}/a.sock")
     assert send("--connect", endpoint, "one").returncode == 0
-    assert stop(server, number) == (0, b"one\n", [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"])
+    assert stop(server, number) == (
+        0,
+        b"one\n",
+        [f"zmqmsg: listening on {endpoint}", "zmqmsg: 1 request served"],
+    )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_signal_that_is_ignored_from_the_start_stays_ignored(context: Context, serve: Serve, tmp_path: Path) -> None:
-    server, endpoint = serve(**shell(tmp_path, """trap '' HUP; exec "$python" "$@" """))  # as nohup has it
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(
+    context: Context, serve: Serve, tmp_path: Path
+) -> None:
+    server, endpoint = serve(
+        **shell(tmp_path, """trap '' HUP; exec "$python" "$@" """)
+    )  # as nohup has it
     server.signal(signal.SIGHUP)
     assert ask(context, endpoint, b"still there?") == [b"still there?"]
     assert stop(server)[0] == 0
@@ -102,7 +123,9 @@ def test_half_a_reply_of_a_command_that_is_stopped_with_us_is_not_sent(
     assert f"connection to {endpoint} lost" in notices[-1]
 
 
-def test_a_whole_reply_of_a_command_that_ends_as_if_by_a_signal_is_sent(serve: Serve, start: Start) -> None:
+def test_a_whole_reply_of_a_command_that_ends_as_if_by_a_signal_is_sent(
+    serve: Serve, start: Start
+) -> None:
     server, endpoint = serve("--exec", "echo begun >&2; read line; sleep 0.3; echo whole; exit 143")
     client = start("send", "--connect", endpoint, "x")
     server.wait_for_notice("begun")
@@ -112,13 +135,19 @@ def test_a_whole_reply_of_a_command_that_ends_as_if_by_a_signal_is_sent(serve: S
 
 
 @pytest.mark.parametrize("pair", list(pairwise(STOP_SIGNALS)))
-def test_two_signals_in_the_same_instant_end_it_without_a_traceback(serve: Serve, pair: tuple[int, int]) -> None:
+def test_two_signals_in_the_same_instant_end_it_without_a_traceback(
+    serve: Serve, pair: tuple[int, int]
+) -> None:
     server, endpoint = serve()
     server.signal(signal.SIGSTOP)
     for number in (*pair, signal.SIGCONT):
         server.signal(number)
     assert server.wait() in (0, 128 + pair[0], 128 + pair[1])
-    assert set(server.notices) <= {f"zmqmsg: listening on {endpoint}", "zmqmsg: 0 requests served", "(end)"}
+    assert set(server.notices) <= {
+        f"zmqmsg: listening on {endpoint}",
+        "zmqmsg: 0 requests served",
+        "(end)",
+    }
 
 
 def test_a_signal_that_comes_twice_at_once_counts_once(serve: Serve, start: Start) -> None:
@@ -133,16 +162,24 @@ def test_a_signal_that_comes_twice_at_once_counts_once(serve: Serve, start: Star
     assert server.finish()[0] == 0
 
 
-def test_children_of_an_ignored_sigchld_keep_their_exit_status(context: Context, serve: Serve, tmp_path: Path) -> None:
-    server, endpoint = serve("--exec", "cat; exit 3", **shell(tmp_path, """trap '' CHLD; exec "$python" "$@" """))
+def test_children_of_an_ignored_sigchld_keep_their_exit_status(
+    context: Context, serve: Serve, tmp_path: Path
+) -> None:
+    server, endpoint = serve(
+        "--exec", "cat; exit 3", **shell(tmp_path, """trap '' CHLD; exec "$python" "$@" """)
+    )
     assert ask(context, endpoint, b"x") == [b"x"]
     server.wait_for_notice("the command exited with status 3")
 
 
-def test_a_command_that_leaves_its_output_open_is_told_as_that(context: Context, serve: Serve) -> None:
+def test_a_command_that_leaves_its_output_open_is_told_as_that(
+    context: Context, serve: Serve
+) -> None:
     server, endpoint = serve("--exec", "echo done; sleep 8 &")
     assert ask(context, endpoint, b"x") == [b"done\n"]
-    server.wait_for_notice("the command, or something that it has started, still goes on after 5 s, .*/dev/null &")
+    server.wait_for_notice(
+        "the command, or something that it has started, still goes on after 5 s, .*/dev/null &"
+    )
 
 
 @LINUX

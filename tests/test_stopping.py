@@ -48,7 +48,9 @@ def test_all_that_was_received_is_answered_before_the_end(context: Context, serv
 
 
 @POSIX
-def test_a_worker_that_stops_answers_what_its_broker_has_handed_over(context: Context, start: Start) -> None:
+def test_a_worker_that_stops_answers_what_its_broker_has_handed_over(
+    context: Context, start: Start
+) -> None:
     with broker() as (front, back):
         workers = [start("serve", "--connect", back, "--exec", slow_echo(0.05)) for _ in range(2)]
         for worker in workers:
@@ -59,7 +61,9 @@ def test_a_worker_that_stops_answers_what_its_broker_has_handed_over(context: Co
         assert [client.recv() for client in clients] == [b"%d" % number for number in range(20)]
 
 
-def test_what_takes_longer_than_five_seconds_is_left_and_told_of(context: Context, serve: Serve) -> None:
+def test_what_takes_longer_than_five_seconds_is_left_and_told_of(
+    context: Context, serve: Serve
+) -> None:
     server, endpoint = serve("--exec", slow_echo(0.5))
     _clients = clients_of(context, endpoint, 20)
     assert server.read_line().isdigit()  # the first one is served, whoever it is
@@ -90,7 +94,9 @@ def test_a_command_that_prints_without_end_is_stopped(
 
 
 @pytest.mark.parametrize(("option", "end"), [("--exec", ""), ("--filter", "chr(10)")])
-def test_a_reply_may_have_just_the_size_that_is_allowed(serve: Serve, send: Send, option: str, end: str) -> None:
+def test_a_reply_may_have_just_the_size_that_is_allowed(
+    serve: Serve, send: Send, option: str, end: str
+) -> None:
     for size in 1000, 1001:
         program = f"input(); print({size} * chr(120), end={end or 'str()'}, flush=True); input()"
         server, endpoint = serve(option, f'"{sys.executable}" -c "{program}"', "--max-size", "1000")
@@ -105,14 +111,21 @@ def test_an_output_that_is_closed_stops_it_after_the_reply(context: Context, ser
     server.popen.stdout.close()
     assert ask(context, endpoint, b"x") == [b"x"]
     assert server.wait() == 1
-    assert server.notices[-2] == "zmqmsg: standard output is closed; 1 request answered, but not printed"
+    assert (
+        server.notices[-2]
+        == "zmqmsg: standard output is closed; 1 request answered, but not printed"
+    )
 
 
 @LINUX
-def test_a_reply_that_came_while_send_was_stopped_is_printed(context: Context, start: Start) -> None:
+def test_a_reply_that_came_while_send_was_stopped_is_printed(
+    context: Context, start: Start
+) -> None:
     """A laptop that sleeps oversleeps the deadline as well."""
     server, endpoint = open_server(context, zmq.REP)
-    senders = [start("send", "--connect", endpoint, "--timeout", "0.5", "--retries", "0") for _ in range(5)]
+    senders = [
+        start("send", "--connect", endpoint, "--timeout", "0.5", "--retries", "0") for _ in range(5)
+    ]
     for sender in senders:
         sender.send_line(b"x")
         request = server.recv()

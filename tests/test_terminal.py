@@ -27,7 +27,11 @@ CTRL_C, CTRL_D, CTRL_Z = b"\x03", b"\x04", b"\x1a"
 HIDDEN_CURSOR = b"\x1b[?25l"
 HINT = b"zmqmsg: reading messages, one per line; press Ctrl-D to finish"
 
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")} | {
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name not in ("COLUMNS", "LINES", "NO_COLOR")
+} | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "TERM": "xterm-256color",
     "LC_ALL": "C.UTF-8",
@@ -64,7 +68,9 @@ class Terminal:
         """Return all that was written, once ``text`` is in it; it is forgotten then."""
         end = time.monotonic() + LIMIT
         while text not in self._output:
-            assert select.select([self.master], [], [], end - time.monotonic())[0], f"no {text!r} in {self._output!r}"
+            assert select.select([self.master], [], [], end - time.monotonic())[0], (
+                f"no {text!r} in {self._output!r}"
+            )
             self._output += os.read(self.master, 65536)
         output, self._output = self._output, b""
         return output
@@ -105,7 +111,11 @@ def on_terminal(echo: str, start: Start, terminal: Terminal) -> OnTerminal:
     """Run ``send`` to its end with some streams on the terminal; return what was written there."""
 
     def on_terminal(*arguments: str | bytes, streams: str, **options: Any) -> bytes:
-        given: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "env": PLAIN}
+        given: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "stdout": subprocess.DEVNULL,
+            "env": PLAIN,
+        }
         given |= dict.fromkeys(streams.split(), terminal.end)
         client = start("send", "--connect", echo, *arguments, **given | options)
         written = terminal.read_rest()
@@ -117,11 +127,17 @@ def on_terminal(echo: str, start: Start, terminal: Terminal) -> OnTerminal:
 
 # Messages
 
-UNSAFE = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+UNSAFE = [
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    0x61C,
+    0x200E,
+    0x200F,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
 CONTROLS = [chr(code) for code in UNSAFE if chr(code) not in "\n\t"]
-HARMLESS = (
-    '{\n\t"pretty": "C:\\x1b\\n"\n} \U0001f468\u200d\U0001f469, \u05e2\u05d1\u05e8\u05d9\u05ea, \u65e5\u672c, e\u0301'
-)
+HARMLESS = '{\n\t"pretty": "C:\\x1b\\n"\n} \U0001f468\u200d\U0001f469, \u05e2\u05d1\u05e8\u05d9\u05ea, \u65e5\u672c, e\u0301'
 
 
 LONG = "\u20ac\x1b".encode() * 30_000
@@ -131,7 +147,9 @@ SHOWN = {
     b"over\rwrite\b\x7f\0": rb"over\x0dwrite\x08\x7f\x00",
     "user\u202etxt.exe \x9b31m".encode(): rb"user\xe2\x80\xaetxt.exe \xc2\x9b31m",
     b"\xff\xc0\x80\xed\xa0\x80 \xe2\x82": rb"\xff\xc0\x80\xed\xa0\x80 \xe2\x82",
-    "".join(CONTROLS).encode(): "".join(f"\\x{byte:02x}" for byte in "".join(CONTROLS).encode()).encode(),
+    "".join(CONTROLS).encode(): "".join(
+        f"\\x{byte:02x}" for byte in "".join(CONTROLS).encode()
+    ).encode(),
     HARMLESS.encode(): HARMLESS.encode(),
     LONG: LONG.replace(b"\x1b", rb"\x1b"),
 }
@@ -153,20 +171,26 @@ def test_a_message_cannot_drive_the_terminal(
             yield from ("--file", str(path))
 
     frames = files(b"one", b"", b"three\\\n\x1b\xff")
-    assert start("send", "--connect", endpoint, "--multipart", *frames, **streams["send"]).wait() == 0
+    assert (
+        start("send", "--connect", endpoint, "--multipart", *frames, **streams["send"]).wait() == 0
+    )
     start("send", "--connect", endpoint, *files(*SHOWN), **streams["send"])
     quoted = rb"one" + b"\t\t" + rb"three\\\n\x1b\xff"
     assert terminal.read_rest() == b"".join(line + b"\n" for line in (quoted, *SHOWN.values()))
 
 
-def test_ctrl_s_keeps_no_signal_from_ending_serve(serve: Serve, start: Start, terminal: Terminal) -> None:
+def test_ctrl_s_keeps_no_signal_from_ending_serve(
+    serve: Serve, start: Start, terminal: Terminal
+) -> None:
     """Notices go to the same terminal, and must not block either."""
     endpoint = "ipc://@zmqmsg-test-" + str(os.getpid())
     server = start("serve", "--bind", endpoint, "--verbose", **terminal.all())
     terminal.read_until(b"listening")
     termios.tcflow(terminal.end, termios.TCOOFF)
     options = ["--timeout", "1", "--retries", "0"]
-    client = start("send", "--connect", endpoint, *options, *["x" * 100_000] * 2, stdout=subprocess.DEVNULL)
+    client = start(
+        "send", "--connect", endpoint, *options, *["x" * 100_000] * 2, stdout=subprocess.DEVNULL
+    )
     assert client.wait() == 3, "the second one is not taken"
     server.signal(signal.SIGTERM)
     assert server.wait() == 1
@@ -183,12 +207,15 @@ def test_a_notice_is_one_line_whatever_it_quotes_of_a_message(
     message = b"a\nb\tc\r\x1b[2J\xff\x7f" + "\x9b\u202e\u2069".encode()
     options = ["--timeout", "0.9", "--retries", "0", "--connect", endpoint]
     shown, logged = (
-        start("send", *options, "--", message, stderr=stderr, env=PLAIN) for stderr in (terminal.end, subprocess.PIPE)
+        start("send", *options, "--", message, stderr=stderr, env=PLAIN)
+        for stderr in (terminal.end, subprocess.PIPE)
     )
     assert (shown.wait(), logged.wait()) == (3, 3)
     for line in (*terminal.read_rest().decode().splitlines(), *logged.notices[:-1]):
         assert line.isprintable()
-        assert line.startswith(r"zmqmsg: no reply to 'a\nb\tc\r\x1b[2J\xff\x7f\xc2\x9b\xe2\x80\xae\xe2\x81\xa9'")
+        assert line.startswith(
+            r"zmqmsg: no reply to 'a\nb\tc\r\x1b[2J\xff\x7f\xc2\x9b\xe2\x80\xae\xe2\x81\xa9'"
+        )
 
 
 @pytest.mark.parametrize(
@@ -206,8 +233,12 @@ def test_notices_have_colour_on_a_terminal_unless_no_color_is_set(
     assert re.match(prefix + rb"[^\x1b]*\n", written)
 
 
-def test_neither_messages_nor_a_log_have_colour(echo: str, start: Start, terminal: Terminal) -> None:
-    client = start("send", "--connect", echo, "--verbose", "message", stdout=terminal.end, env=ENVIRONMENT)
+def test_neither_messages_nor_a_log_have_colour(
+    echo: str, start: Start, terminal: Terminal
+) -> None:
+    client = start(
+        "send", "--connect", echo, "--verbose", "message", stdout=terminal.end, env=ENVIRONMENT
+    )
     assert terminal.read_rest() == b"message\n"
     assert "\x1b" not in "".join(client.finish()[2])
 
@@ -271,7 +302,9 @@ def test_the_bar_fits_a_narrow_terminal_that_knows_no_sequences(
     terminal: Terminal, on_terminal: OnTerminal, long_file: Path
 ) -> None:
     termios.tcsetwinsize(terminal.end, (45, 20))
-    environment = {name: value for name, value in PLAIN.items() if name != "NO_COLOR"} | {"TERM": "dumb"}
+    environment = {name: value for name, value in PLAIN.items() if name != "NO_COLOR"} | {
+        "TERM": "dumb"
+    }
     with long_file.open("rb") as file:
         written = on_terminal("--verbose", streams="stderr", stdin=file, env=environment)
     assert b"\x1b" not in written
@@ -301,7 +334,9 @@ def test_there_is_no_progress_bar_otherwise(
 
 
 @pytest.fixture
-def halfway(context: Context, start: Start, terminal: Terminal, long_file: Path) -> Callable[..., Process]:
+def halfway(
+    context: Context, start: Start, terminal: Terminal, long_file: Path
+) -> Callable[..., Process]:
     """Start ``send`` with further options, and let it get no further than to the middle of its progress bar."""
 
     server, endpoint = open_server(context, zmq.REP)
@@ -408,7 +443,11 @@ def test_ctrl_c_ends_send_silently_from_its_first_line_on(start: Start, millisec
     time.sleep(milliseconds / 1000)
     client.signal(signal.SIGINT)
     assert client.wait() == -signal.SIGINT
-    assert not [line for line in client.notices[:-1] if not line.startswith(("import time:", "zmqmsg: waiting"))]
+    assert not [
+        line
+        for line in client.notices[:-1]
+        if not line.startswith(("import time:", "zmqmsg: waiting"))
+    ]
 
 
 # Completion

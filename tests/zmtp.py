@@ -6,11 +6,17 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-Talk = Callable[[socket.socket], object]  # what a listener does with a connection; at its end, the connection is closed
+Talk = Callable[
+    [socket.socket], object
+]  # what a listener does with a connection; at its end, the connection is closed
 
 
-def greeting(mechanism: bytes = b"NULL", version: bytes = b"\x03\x00", as_server: bytes = b"\x00") -> bytes:
-    return b"\xff" + bytes(8) + b"\x7f" + version + mechanism.ljust(20, b"\0") + as_server + bytes(31)
+def greeting(
+    mechanism: bytes = b"NULL", version: bytes = b"\x03\x00", as_server: bytes = b"\x00"
+) -> bytes:
+    return (
+        b"\xff" + bytes(8) + b"\x7f" + version + mechanism.ljust(20, b"\0") + as_server + bytes(31)
+    )
 
 
 def command(name: bytes, body: bytes = b"") -> bytes:
@@ -30,7 +36,9 @@ def frame(body: bytes, *, more: bool = False) -> bytes:
 
 def request(*frames: bytes) -> bytes:
     """A whole request of ``frames``, after the empty delimiter."""
-    return frame(b"", more=True) + b"".join(frame(body, more=body is not frames[-1]) for body in frames)
+    return frame(b"", more=True) + b"".join(
+        frame(body, more=body is not frames[-1]) for body in frames
+    )
 
 
 def say(words: bytes, connection: socket.socket) -> None:
@@ -50,7 +58,9 @@ def say_and_hang_up(words: bytes, connection: socket.socket) -> None:
 def echo_as_zmtp_2(connection: socket.socket) -> None:
     """Echo as a REP socket of ZMTP 2 does: small frames of flags, length, body. Hang up at poison."""
     with connection.makefile("rb") as stream:
-        connection.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\1\4\0\0")  # signature; revision, type; identity
+        connection.sendall(
+            b"\xff\0\0\0\0\0\0\0\1\x7f\1\4\0\0"
+        )  # signature; revision, type; identity
         stream.read(10 + 2 + 2)
         while delimiter := stream.read(2):
             assert delimiter == b"\1\0"
@@ -79,7 +89,10 @@ def echo_as_zmtp_1(connection: socket.socket) -> None:
 HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 15\r\n\r\n400 Bad Request"
 
 OTHER_PROTOCOLS: list[tuple[Talk, str]] = [
-    (partial(say, b"SSH-2.0-OpenSSH_9.6\r\n"), r"SSH-2.0-OpenSSH_9.6\r\n"),  # libzmq takes it for ZMTP 1
+    (
+        partial(say, b"SSH-2.0-OpenSSH_9.6\r\n"),
+        r"SSH-2.0-OpenSSH_9.6\r\n",
+    ),  # libzmq takes it for ZMTP 1
     (partial(say, b"220 mail.example.org ESMTP\r\n"), r"220 mail.example.org ESMTP\r\n"),
     (partial(say_and_hang_up, HTTP), r"HTTP/1.1 400 Bad Request\r\n"),
     (partial(say, b"\xff\xfd\x18\xff\xfd\x20\xff\xfd\x23\xff\xfd\x27"), r"\xff\xfd\x18"),  # Telnet

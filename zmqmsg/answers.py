@@ -10,19 +10,30 @@ import click
 from zmqmsg.attendant import Attendant
 from zmqmsg.console import CHUNK, NOTICE_DELAY, Failure, Form, notify, write_all
 from zmqmsg.quoting import abridge, quote, unquote
-from zmqmsg.system import SHORTAGES, STOP_SIGNALS, end_group, keep_exit_statuses, killing_signal, start_thread
+from zmqmsg.system import (
+    SHORTAGES,
+    STOP_SIGNALS,
+    end_group,
+    keep_exit_statuses,
+    killing_signal,
+    start_thread,
+)
 
 LONG_RUN = 5.0  # seconds after which the user is told that a command keeps other requests waiting
 START_INTERVAL = 0.2  # seconds between attempts to start a command
 END_LIMIT = 1.0  # seconds that a filter has to end when its input has ended
-SIGNAL_DELAY = 0.2  # seconds within which a signal to a whole group of processes reaches each of them
+SIGNAL_DELAY = (
+    0.2  # seconds within which a signal to a whole group of processes reaches each of them
+)
 
 GOES_ON = (
     f"the command, or something that it has started, still goes on after {LONG_RUN:g} s, while other requests wait;"
     " redirect the output of what shall go on, as in: >/dev/null &"
 )
 SILENT = "the filter has not answered for a second; it may not flush its output, or read ahead"
-TOO_MUCH = "the command printed more than --max-size allows; it was stopped, and the request not answered"
+TOO_MUCH = (
+    "the command printed more than --max-size allows; it was stopped, and the request not answered"
+)
 LINES_IN_REQUEST = (
     "a request of several lines got an empty reply, since a filter reads one; use --exec,"
     " or --quoted if the filter reads quoted lines"
@@ -56,7 +67,12 @@ class Answer:
 
 
 def choose_answer(
-    reply: str | None, command: str | None, filter_command: str | None, form: Form, attendant: Attendant, max_size: int
+    reply: str | None,
+    command: str | None,
+    filter_command: str | None,
+    form: Form,
+    attendant: Attendant,
+    max_size: int,
 ) -> Answer:
     """Return what makes the replies; raise UsageError if the options contradict each other."""
     options = {"--reply": reply, "--exec": command, "--filter": filter_command}
@@ -86,7 +102,10 @@ class Process:
         self.failure = ""  # why that is not all, if it is not
         self._attendant = attendant
         self._popen = attendant.start_command(command)
-        self.stdin, self._stdout = cast("IO[bytes]", self._popen.stdin), cast("IO[bytes]", self._popen.stdout)
+        self.stdin, self._stdout = (
+            cast("IO[bytes]", self._popen.stdin),
+            cast("IO[bytes]", self._popen.stdout),
+        )
         try:
             start_thread(self._read)
         except OSError:
@@ -154,7 +173,9 @@ class Program(Answer):
                 reason = f"cannot start the command: {error.strerror}"
                 if error.errno not in SHORTAGES:
                     raise Failure(reason) from error
-                self._attendant.notices.notify_once(f"{reason}; trying again until it can be started")
+                self._attendant.notices.notify_once(
+                    f"{reason}; trying again until it can be started"
+                )
                 if self._attendant.stop.wait(START_INTERVAL):
                     raise Unanswered(otherwise) from None
 
@@ -162,7 +183,9 @@ class Program(Answer):
         """Return whether a program that ended with ``status`` was killed by a signal while we stop, or are about to."""
         number = killing_signal(status)
         # A signal to a group of processes may reach us after the others.
-        return number > 0 and self._attendant.stop.wait(SIGNAL_DELAY if number in STOP_SIGNALS else 0)
+        return number > 0 and self._attendant.stop.wait(
+            SIGNAL_DELAY if number in STOP_SIGNALS else 0
+        )
 
     def _encode(self, request: Frames) -> bytes:
         """Return a request as the program reads it, without an end."""
@@ -182,7 +205,10 @@ class Program(Answer):
                 raise ValueError("more than one line")
             return unquote(line)
         except ValueError as error:
-            notify(f"the command did not print a quoted line: {error}; sending its output as it is", "yellow")
+            notify(
+                f"the command did not print a quoted line: {error}; sending its output as it is",
+                "yellow",
+            )
             return [printed]
 
 
@@ -206,7 +232,9 @@ class Command(Program):
             notify(f"the command {describe_status(status)}", "yellow")
         if self._was_stopped(status):
             raise Unanswered("the last request was not answered: its command was stopped, too")
-        return self._decode(printed.removesuffix(b"\n"), printed) if self._form.quoted else [printed]
+        return (
+            self._decode(printed.removesuffix(b"\n"), printed) if self._form.quoted else [printed]
+        )
 
 
 class Filter(Program):

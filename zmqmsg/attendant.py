@@ -8,7 +8,14 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from zmqmsg.console import NOTICE_DELAY, Output, is_stalled, notify
-from zmqmsg.system import END_SIGNALS, STOP_SIGNALS, end_group, reap_orphans, start_command, start_thread
+from zmqmsg.system import (
+    END_SIGNALS,
+    STOP_SIGNALS,
+    end_group,
+    reap_orphans,
+    start_command,
+    start_thread,
+)
 
 if TYPE_CHECKING:
     from socket import socket

@@ -59,7 +59,9 @@ def parse_size(text: str) -> int:
     match = re.fullmatch("([0-9]{1,10})([KMG]?)", text.upper())
     size = int(match[1]) << 10 * " KMG".index(match[2] or " ") if match else 0
     if not LEAST_SIZE <= size <= MOST_SIZE:
-        raise ValueError(f"'{text}' is not a size such as 65536, 64M or 1G, {LEAST_SIZE} at least and 1024G at most")
+        raise ValueError(
+            f"'{text}' is not a size such as 65536, 64M or 1G, {LEAST_SIZE} at least and 1024G at most"
+        )
     return size
 
 
@@ -81,7 +83,9 @@ class KeyPath(click.Path):
         if not value:
             self.fail("the path is empty", param, ctx)
         if value == "-":
-            self.fail("'-' is no key file; to read a key from a command, pass <(command)", param, ctx)
+            self.fail(
+                "'-' is no key file; to read a key from a command, pass <(command)", param, ctx
+            )
         return super().convert(value, param, ctx)
 
 
@@ -91,7 +95,9 @@ def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -
 
         import zmq
 
-        click.echo(f"zmqmsg {version('zmqmsg')}, pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}")
+        click.echo(
+            f"zmqmsg {version('zmqmsg')}, pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}"
+        )
         ctx.exit()
 
 
@@ -106,7 +112,11 @@ def _run(module: str, /, *, null: bool, quoted: bool, raw: bool, **options: Any)
 
 
 @click.group(
-    context_settings={"auto_envvar_prefix": "ZMQMSG", "help_option_names": ["-h", "--help"], "max_content_width": 80},
+    context_settings={
+        "auto_envvar_prefix": "ZMQMSG",
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 80,
+    },
     epilog="README.md has recipes, keys step by step, and completion for bash, zsh and fish.",
 )
 @click.option(
@@ -144,16 +154,24 @@ bind = partial(option, "-b", "--bind", type=BIND_ENDPOINT, multiple=True)
 connect = partial(option, "-c", "--connect", type=CONNECT_ENDPOINT, multiple=True)
 command = partial(option, metavar="COMMAND")
 count = partial(option, "-n", "--count", type=click.IntRange(min=1), metavar="N")
-retries = partial(option, "-r", "--retries", type=click.IntRange(min=0), metavar="N", default=3, show_default=True)
+retries = partial(
+    option, "-r", "--retries", type=click.IntRange(min=0), metavar="N", default=3, show_default=True
+)
 
 
 def shared_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that both have."""
     for decorate in (  # from the last one in the help page to the first
         option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing."),
-        option("--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames."),
+        option(
+            "--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames."
+        ),
         flag("--raw", help="Print messages as they are, with nothing after them."),
-        flag("-Q", "--quoted", help="One line per message: frames separated by TAB, special bytes escaped."),
+        flag(
+            "-Q",
+            "--quoted",
+            help="One line per message: frames separated by TAB, special bytes escaped.",
+        ),
         flag("-0", "--null", help="End messages with NUL instead of newline."),
     ):
         function = decorate(function)
@@ -164,13 +182,26 @@ def shared_options(function: Callable[..., None]) -> Callable[..., None]:
 @bind(help=f"Bind here; repeatable.  {DEFAULT}")
 @connect(help="Connect to a broker's DEALER as a worker; repeatable.")
 @option("--reply", metavar="TEXT", help="Reply with TEXT instead of the request.")
-@command("-e", "--exec", "command", help="Reply with what the shell COMMAND prints; its input is the request.")
-@command("--filter", "filter_command", help="Start COMMAND once: for each request, it reads a line and prints one.")
+@command(
+    "-e",
+    "--exec",
+    "command",
+    help="Reply with what the shell COMMAND prints; its input is the request.",
+)
+@command(
+    "--filter",
+    "filter_command",
+    help="Start COMMAND once: for each request, it reads a line and prints one.",
+)
 @count(help="Stop after N requests.")
 @flag("-q", "--quiet", help="Do not print requests.")
 @flag("-v", "--verbose", help="Report who asked, how much, and how long the answer took.")
 @shared_options
-@option("--client-keys", type=KeyPath(), help="Accept only clients whose public keys are in this file or directory.")
+@option(
+    "--client-keys",
+    type=KeyPath(),
+    help="Accept only clients whose public keys are in this file or directory.",
+)
 @option("--server-key", type=KEY_FILE, help="The broker's CURVE public key file (with --connect).")
 def serve(**options: Any) -> None:
     """Answer requests on a REP socket.
@@ -198,9 +229,17 @@ def serve(**options: Any) -> None:
 
 @cli.command()
 @connect(help=f"Connect here; repeatable.  {DEFAULT}")
-@option("-t", "--timeout", type=SECONDS, help="Seconds to wait in each attempt.  [default: no limit]")
+@option(
+    "-t", "--timeout", type=SECONDS, help="Seconds to wait in each attempt.  [default: no limit]"
+)
 @retries(help="Send again up to N times after a timeout or a broken connection.")
-@option("-f", "--file", type=INPUT_FILE, multiple=True, help="Send a whole file (- for standard input); repeatable.")
+@option(
+    "-f",
+    "--file",
+    type=INPUT_FILE,
+    multiple=True,
+    help="Send a whole file (- for standard input); repeatable.",
+)
 @flag("-m", "--multipart", help="Send all messages as the frames of one request.")
 @flag("-v", "--verbose", help="Report connections, who replied, how much, and after how long.")
 @shared_options

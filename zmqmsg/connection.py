@@ -33,14 +33,20 @@ POLLIN = int(zmq.POLLIN)  # arithmetic with the enum itself is slow
 CONNECTED = int(zmq.EVENT_CONNECTED)
 HANDSHAKE_DONE = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
 HANDSHAKE_REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-HANDSHAKE_FAILED = HANDSHAKE_REFUSED | int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+HANDSHAKE_FAILED = HANDSHAKE_REFUSED | int(
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
 CONNECT_RETRIED = int(zmq.EVENT_CONNECT_RETRIED)
 ENDED = HANDSHAKE_FAILED | CONNECT_RETRIED | int(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
 
 NO_ANSWER = Finding("no answer yet")
-UNFINISHED = Finding("the ZeroMQ handshake is not finished yet; the server is slow, or cannot check clients just now")
+UNFINISHED = Finding(
+    "the ZeroMQ handshake is not finished yet; the server is slow, or cannot check clients just now"
+)
 HANDSHAKE_FAILING = Finding("connected, but the ZeroMQ handshake fails")
-CURVE_FAILING = Finding("CURVE handshake failing; check --server-key, or the server cannot check clients just now")
+CURVE_FAILING = Finding(
+    "CURVE handshake failing; check --server-key, or the server cannot check clients just now"
+)
 NOT_LET_IN = Finding("it refused: the server does not let us in", hopeless=True)
 KEY_NOT_KNOWN = Finding("it refused: the server does not know this key", hopeless=True)
 # Statuses of ZAP, ZeroMQ's authentication protocol (RFC 27): a temporary error, and an internal one.
@@ -99,7 +105,9 @@ class Peer:
         link = self.link
         if not self._wait:
             wanted = ("REP", "ROUTER") if link.socket.type == zmq.REQ else ("DEALER", "REQ")
-            probe = partial(diagnose, self.endpoint, wanted, curve=link.uses_curve, was_ready=self.was_ready)
+            probe = partial(
+                diagnose, self.endpoint, wanted, curve=link.uses_curve, was_ready=self.was_ready
+            )
             self._wait = Wait(self.endpoint, probe, self._probe_delay, now)
         wait = self._wait
         if not link.begun and now >= self._next_connect and (address := wait.next_address()):
@@ -130,7 +138,9 @@ class Peer:
         if wait := self._wait:
             wait.handshake_trouble = link.handshake_trouble or wait.handshake_trouble
             if wait.addresses and link.ended and link.connected_at == math.inf:
-                self._next_connect = 0  # an address that does not accept connections holds up none of the others
+                self._next_connect = (
+                    0  # an address that does not accept connections holds up none of the others
+                )
         link.close()
         self.link = Link(self._open_socket())
         self._next_update = 0
@@ -143,12 +153,16 @@ class Peer:
 class Wait:
     """A wait for a peer: since when, what stands in the way, and what the user was told of it."""
 
-    def __init__(self, endpoint: str, diagnose: Callable[[], Iterator[Finding]], delay: float, now: float) -> None:
+    def __init__(
+        self, endpoint: str, diagnose: Callable[[], Iterator[Finding]], delay: float, now: float
+    ) -> None:
         """Begin at ``now`` to wait for ``endpoint``. Probes run ``diagnose``, the first after ``delay`` seconds."""
         self.since = now
         self.addresses: list[str] = []  # those that are still to be tried
         self.handshake_trouble: Finding | None = None  # how the last handshake has failed
-        self.old_peer_probed_at = -math.inf  # when the probe began that has found a usable peer of ZMTP 1 or 2
+        self.old_peer_probed_at = (
+            -math.inf
+        )  # when the probe began that has found a usable peer of ZMTP 1 or 2
         self.notice = ""  # the last one
         self._endpoint = endpoint
         self._diagnose = diagnose
@@ -185,7 +199,12 @@ class Wait:
         notice = f"waiting for {self._endpoint}: {trouble.reason}"
         # The handshake of a server that has just come is about to end.
         too_early = trouble is UNFINISHED and self._probe and now < self._probe.ended + PROBE_DELAY
-        if self._finding and now - self.since >= NOTICE_DELAY and notice != self.notice and not too_early:
+        if (
+            self._finding
+            and now - self.since >= NOTICE_DELAY
+            and notice != self.notice
+            and not too_early
+        ):
             notify(notice)
             self.notice = notice
 
@@ -242,7 +261,9 @@ class Link:
     def handshake_trouble(self) -> Finding | None:
         """How the handshake has failed, if it has."""
         if self._zap_status:
-            return NOT_REFUSED_FOR_GOOD.get(self._zap_status, KEY_NOT_KNOWN if self.uses_curve else NOT_LET_IN)
+            return NOT_REFUSED_FOR_GOOD.get(
+                self._zap_status, KEY_NOT_KNOWN if self.uses_curve else NOT_LET_IN
+            )
         if self.ended and self.connected_at < math.inf and not self.handshake_done:
             return CURVE_FAILING if self.uses_curve else HANDSHAKE_FAILING
         return None

@@ -40,11 +40,17 @@ class Form(NamedTuple):
     @classmethod
     def choose(cls, *, null: bool, quoted: bool, raw: bool) -> "Form":
         """Return the form that the options ask for; raise UsageError if they contradict each other."""
-        chosen = [name for name, given in (("--null", null), ("--quoted", quoted), ("--raw", raw)) if given]
+        chosen = [
+            name
+            for name, given in (("--null", null), ("--quoted", quoted), ("--raw", raw))
+            if given
+        ]
         if len(chosen) > 1:
             raise click.UsageError(f"{' and '.join(chosen)} cannot be used together")
         end = b"\0" if null else b"\n"
-        return cls(end, b"" if raw else end, quoted, cr_lf=LINES_END_WITH_CR_LF and not (null or quoted))
+        return cls(
+            end, b"" if raw else end, quoted, cr_lf=LINES_END_WITH_CR_LF and not (null or quoted)
+        )
 
     def strip_cr(self, line: bytes) -> bytes:
         """Return a line, which was read up to the separator, without a CR that belongs to its end."""
@@ -125,7 +131,9 @@ class ClientNotices:
     def report(self, notice: str) -> None:
         """Give ``notice``, which names a client, unless it was given a short time ago."""
         now = time.monotonic()
-        self._given = {given: since for given, since in self._given.items() if now - since < CLIENT_INTERVAL}
+        self._given = {
+            given: since for given, since in self._given.items() if now - since < CLIENT_INTERVAL
+        }
         if notice not in self._given and len(self._given) >= CLIENT_LIMIT:
             notice = "further refusals are not shown for a while"
         if notice not in self._given:
@@ -143,7 +151,10 @@ def show_error(error: click.ClickException) -> None:
         _standard_error.write(f"{error.message}\n")
     elif isinstance(error, click.UsageError) and error.ctx and type(error) is not click.UsageError:
         text = error.format_message().removesuffix(".")
-        notify(f"{text}{' See' if text.endswith('?') else '; see'} '{error.ctx.command_path} --help'", "red")
+        notify(
+            f"{text}{' See' if text.endswith('?') else '; see'} '{error.ctx.command_path} --help'",
+            "red",
+        )
     else:
         notify(error.format_message(), "red")
 
@@ -152,7 +163,9 @@ class Output:
     """Standard output, for messages alone: each is written at once, as bytes or, on a terminal, as readable text."""
 
     def __init__(self, form: Form) -> None:
-        self.writing_since = math.inf  # when the current write began, by time.monotonic(); infinity: there is none
+        self.writing_since = (
+            math.inf
+        )  # when the current write began, by time.monotonic(); infinity: there is none
         self._form = form
         self._stream = _raw(sys.stdout)
         self._readable = form.quoted or _is_terminal(sys.stdout)
@@ -185,7 +198,9 @@ def is_stalled(output: Output | None, now: float) -> bool:
     return now - (output or _standard_error).writing_since >= NOTICE_DELAY
 
 
-def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: Form) -> Generator[list[bytes]]:
+def read_messages(
+    arguments: Sequence[list[bytes]], files: Sequence[str], form: Form
+) -> Generator[list[bytes]]:
     """Yield the frames of each message: ``arguments``, then the contents of ``files`` (``-``: standard input).
 
     With neither, yield those of the lines of standard input, in the given form, each as soon as it is complete. Raises
@@ -208,7 +223,9 @@ def read_messages(arguments: Sequence[list[bytes]], files: Sequence[str], form: 
 def _read_chunks(file: str) -> Iterator[bytes]:
     """Yield what can be read from ``file`` (``-``: standard input), as soon as it can; raise Failure if that fails."""
     try:
-        with nullcontext(_raw(sys.stdin)) if file == "-" else open(file, "rb", buffering=0) as stream:
+        with (
+            nullcontext(_raw(sys.stdin)) if file == "-" else open(file, "rb", buffering=0) as stream
+        ):
             if stream is None:
                 raise OSError(errno.EBADF, os.strerror(errno.EBADF))
             while (chunk := stream.read(CHUNK)) != b"":
@@ -217,7 +234,9 @@ def _read_chunks(file: str) -> Iterator[bytes]:
                 else:
                     yield chunk
     except OSError as error:
-        raise Failure(f"cannot read {'standard input' if file == '-' else file}: {error.strerror}") from error
+        raise Failure(
+            f"cannot read {'standard input' if file == '-' else file}: {error.strerror}"
+        ) from error
 
 
 def _split_lines(chunks: Iterator[bytes], form: Form) -> Iterator[bytes]:
@@ -246,7 +265,9 @@ def _show_progress(lines: Iterator[bytes]) -> Iterator[bytes]:
     columns = os.get_terminal_size(_raw(sys.stderr).fileno()).columns or 80
     wide = columns >= 60  # what is around the bar takes 10 columns, and 10 more with the time
     width = 36 if wide else max(min(36, columns - 12), 1)
-    with click.progressbar(length=length, file=file, update_min_steps=length // 200, show_eta=wide, width=width) as bar:
+    with click.progressbar(
+        length=length, file=file, update_min_steps=length // 200, show_eta=wide, width=width
+    ) as bar:
         for line in lines:
             yield line
             bar.update(len(line) + 1)

@@ -31,7 +31,9 @@ Fingerprint = tuple[int, ...]
 _HALF = re.compile(rb'^\s*(public|secret)-key\s*=\s*"([^"\n]*)"', re.MULTILINE)
 
 
-def load_keys(key: str | None, server_key: str | None, client_keys: str | None = None) -> tuple[ApplyKeys, ApplyKeys]:
+def load_keys(
+    key: str | None, server_key: str | None, client_keys: str | None = None
+) -> tuple[ApplyKeys, ApplyKeys]:
     """Return two functions that give keys to a socket which is not bound or connected yet: a server's, and a client's.
 
     The server has ``key``, and lets in the holders of ``client_keys``, or else anybody. The client has ``key``, or else
@@ -51,7 +53,11 @@ def load_keys(key: str | None, server_key: str | None, client_keys: str | None =
             socket.zap_enforce_domain = True
 
     def apply_to_client(socket: Socket) -> None:
-        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = public, secret, server
+        socket.curve_publickey, socket.curve_secretkey, socket.curve_serverkey = (
+            public,
+            secret,
+            server,
+        )
 
     return apply_to_server, apply_to_client
 
@@ -67,13 +73,17 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
     created = False
     if not os.path.exists(path):
         if public_exists:
-            raise click.UsageError(f"cannot create key file {public_file}: {os.strerror(errno.EEXIST)}")
+            raise click.UsageError(
+                f"cannot create key file {public_file}: {os.strerror(errno.EEXIST)}"
+            )
         created = _write(path, _certificate(*zmq.curve_keypair()), 0o600)
     public, secret, status = _load(path, fifo=True)
     if not secret:
         raise click.UsageError(f"{path} is a public key; pass the secret key file")
     if others_may_read(status):
-        raise click.UsageError(f"others may read the secret key in {path}; run: chmod 600 {shlex.quote(path)}")
+        raise click.UsageError(
+            f"others may read the secret key in {path}; run: chmod 600 {shlex.quote(path)}"
+        )
     if stat.S_ISREG(status.st_mode) and not os.path.lexists(public_file):
         try:
             _write(public_file, _certificate(public), 0o644)
@@ -104,7 +114,9 @@ def _load(path: str, *, fifo: bool) -> tuple[bytes, bytes, os.stat_result]:
     ``fifo``: whether it may be a FIFO, which is waited for. Raises UsageError, from an OSError if it cannot be read.
     """
     try:
-        kind = os.stat(path).st_mode  # before it is opened, which would wait for the writer of a FIFO
+        kind = os.stat(
+            path
+        ).st_mode  # before it is opened, which would wait for the writer of a FIFO
         if not (stat.S_ISREG(kind) or (fifo and stat.S_ISFIFO(kind))):
             raise click.UsageError(f"{path} is not a CURVE key file: it is not a regular file")
         with open(path, "rb") as file:
@@ -169,12 +181,16 @@ class ClientKeys:
     def __init__(self, path: str) -> None:
         """Read the keys at ``path``; raise UsageError if there is nothing, or nothing that can be read."""
         if not os.path.exists(path):
-            raise click.UsageError(f"{path} does not exist; --client-keys takes a public key file, or a directory")
+            raise click.UsageError(
+                f"{path} does not exist; --client-keys takes a public key file, or a directory"
+            )
         self._path = path
         self._is_directory = os.path.isdir(path)  # then it is an error if it disappears
         self._files: dict[str, tuple[Fingerprint, bytes]] = {}  # a key is empty if its file is none
         self._paths: dict[bytes, str] = {}  # of the files of the keys
-        self._watched: dict[str, Fingerprint] = {}  # what is looked at for an unknown key before a scan
+        self._watched: dict[
+            str, Fingerprint
+        ] = {}  # what is looked at for an unknown key before a scan
         self._readable = True  # at the last scan
         try:
             self._scan()
@@ -189,7 +205,9 @@ class ClientKeys:
         known = path is not None and _fingerprint_of(path) == self._files[path][0]
         if path and known and self._readable:
             return os.path.basename(path)
-        changed = any(_fingerprint_of(each) != fingerprint for each, fingerprint in self._watched.items())
+        changed = any(
+            _fingerprint_of(each) != fingerprint for each, fingerprint in self._watched.items()
+        )
         if path or changed or time.monotonic() >= self._next_scan:
             try:
                 self._scan()
@@ -211,10 +229,14 @@ class ClientKeys:
         """Take over the keys as they are now: all of them, or none, with an OSError."""
         started = time.monotonic()
         self._next_scan = -math.inf  # at once, if this one fails
-        watched = {self._path: _fingerprint_of(self._path)}  # first: what changes from now on is seen the next time
+        watched = {
+            self._path: _fingerprint_of(self._path)
+        }  # first: what changes from now on is seen the next time
         self._files = {path: self._read(path) for path in self._list()}
         self._paths = {key: path for path, (_, key) in self._files.items() if key}
-        keyless = ((path, fingerprint) for path, (fingerprint, key) in self._files.items() if not key)
+        keyless = (
+            (path, fingerprint) for path, (fingerprint, key) in self._files.items() if not key
+        )
         self._watched = watched | dict(islice(keyless, WATCHED_FILES))
         now = time.monotonic()
         self._next_scan = now + SCAN_SHARE * (now - started)
@@ -270,7 +292,9 @@ def start_zap_handler(context: Context, clients: ClientKeys) -> None:
 
 def _answer(request: list[bytes], clients: ClientKeys, refused: ClientNotices) -> list[bytes]:
     """Return the ZAP reply: 200 with the name of the client's key file as its user id, 400, or 300: come again."""
-    version, request_id, _domain, peer, _identity, mechanism, credentials = (*request, *[b""] * 7)[:7]
+    version, request_id, _domain, peer, _identity, mechanism, credentials = (*request, *[b""] * 7)[
+        :7
+    ]
     status, text, user_id = b"400", b"unknown key", b""
     if mechanism == b"CURVE" and len(credentials) == 32:
         public, address = z85.encode(credentials), peer.decode(errors="backslashreplace")

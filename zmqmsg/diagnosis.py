@@ -68,7 +68,9 @@ class Background:
         self.ended = time.monotonic()
 
 
-def diagnose(endpoint: str, wanted: Collection[str], *, curve: bool, was_ready: bool) -> Iterator[Finding]:
+def diagnose(
+    endpoint: str, wanted: Collection[str], *, curve: bool, was_ready: bool
+) -> Iterator[Finding]:
     """Yield where the way to a peer at ``endpoint`` stands, step by step; the last finding is final.
 
     ``wanted``: the types that its socket may have. ``curve``: whether we use CURVE. ``was_ready``: whether a good peer
@@ -106,7 +108,9 @@ def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
         addresses = resolve(endpoint)
     yield [
         # An IPv6 address has a flow label and a scope, which a link-local one needs.
-        f"tcp://[{host}{f'%{rest[1]}' if rest[1] else ''}]:{port}" if rest else f"tcp://{host}:{port}"
+        f"tcp://[{host}{f'%{rest[1]}' if rest[1] else ''}]:{port}"
+        if rest
+        else f"tcp://{host}:{port}"
         for _family, (host, port, *rest) in addresses
     ]
 
@@ -147,7 +151,9 @@ def connect_to_any(addresses: list[tuple[int, Any]]) -> "socket":
     raise failures[0]
 
 
-def greet(peer: "socket", wanted: Collection[str], *, curve: bool, was_ready: bool) -> Iterator[Finding]:
+def greet(
+    peer: "socket", wanted: Collection[str], *, curve: bool, was_ready: bool
+) -> Iterator[Finding]:
     """Begin to greet ``peer``, and yield what can be said of it until its handshake ends.
 
     libzmq hangs up on a whole greeting with another mechanism before it shows its own, and JeroMQ 0.3 on any whole
@@ -161,7 +167,9 @@ def greet(peer: "socket", wanted: Collection[str], *, curve: bool, was_ready: bo
     try:
         received = read(peer, received, 1)
     except TimeoutError:
-        yield Finding(f"{mute}; {'the server may be hung' if was_ready else 'wrong port, or a hung server?'}")
+        yield Finding(
+            f"{mute}; {'the server may be hung' if was_ready else 'wrong port, or a hung server?'}"
+        )
     peer.settimeout(STEP_LIMIT)
     received = read(peer, received, 1)
     if received[:1] == SIGNATURE[:1]:
@@ -178,20 +186,27 @@ def greet(peer: "socket", wanted: Collection[str], *, curve: bool, was_ready: bo
     yield Finding(f"it does not speak ZeroMQ; it says {abridge(received)}", hopeless=True)
 
 
-def shake_hands(peer: "socket", received: bytes, wanted: Collection[str], *, curve: bool) -> Iterator[Finding]:
+def shake_hands(
+    peer: "socket", received: bytes, wanted: Collection[str], *, curve: bool
+) -> Iterator[Finding]:
     """Go on after the signature of ``peer``, and yield what it is."""
     yield Finding("connected, but the ZeroMQ handshake is not finished yet")
     peer.sendall(GREETING_VERSION)
     received = read(peer, received, 12)
     if received[10] < 3:
-        socket_type = OLD_TYPES[received[11]] if received[10] and received[11] < len(OLD_TYPES) else ""
+        socket_type = (
+            OLD_TYPES[received[11]] if received[10] and received[11] < len(OLD_TYPES) else ""
+        )
         yield judge(socket_type, wanted, old="ZMTP 2", curve=curve)
         return
 
     received = read(peer, received, 64)
     mechanism = received[12:32].rstrip(b"\0").decode(errors="backslashreplace")
     if mechanism != ("CURVE" if curve else "NULL"):
-        yield Finding(WRONG_MECHANISM.get(mechanism, f"it requires {mechanism}, which zmqmsg does not speak"), True)
+        yield Finding(
+            WRONG_MECHANISM.get(mechanism, f"it requires {mechanism}, which zmqmsg does not speak"),
+            True,
+        )
     elif curve:
         yield Finding("")  # whether it knows our key, libzmq reports
     else:
@@ -213,7 +228,9 @@ def read_socket_type(peer: "socket", received: bytes) -> str:
     return value[4 : 4 + int.from_bytes(value[:4])].decode(errors="backslashreplace")
 
 
-def judge(socket_type: str, wanted: Collection[str], *, old: str = "", curve: bool = False) -> Finding:
+def judge(
+    socket_type: str, wanted: Collection[str], *, old: str = "", curve: bool = False
+) -> Finding:
     """Return what to think of a peer whose socket is of ``socket_type`` (empty: not known); ``old``: its protocol."""
     if old and curve:
         return Finding(f"it speaks {old}, which is too old for CURVE", hopeless=True)

@@ -32,7 +32,9 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
     # A name that begins with @ is an abstract one of Linux: no file.
     path = endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
     if path and _is_taken(path):
-        raise Failure(f"cannot bind {endpoint}: a server or a file is there already; choose another path")
+        raise Failure(
+            f"cannot bind {endpoint}: a server or a file is there already; choose another path"
+        )
     bind(socket, endpoint)
     inode = os.lstat(path).st_ino if path else None
     try:
@@ -56,7 +58,11 @@ def _is_taken(path: str) -> bool:
         return not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED
 
 
-LOCAL = ("tcp://127.", "tcp://[::1]", "ipc://")  # how endpoints begin that only this machine can reach
+LOCAL = (
+    "tcp://127.",
+    "tcp://[::1]",
+    "ipc://",
+)  # how endpoints begin that only this machine can reach
 ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
 
 
@@ -67,7 +73,9 @@ def notify_of_endpoint(endpoint: str, *, open_to_all: bool) -> None:
     notify(f"listening on {everywhere}, port {port}" if everywhere else f"listening on {endpoint}")
     if open_to_all and not endpoint.startswith(LOCAL):
         where = f"port {port}" if everywhere else endpoint
-        text = f"anyone who can reach {where} can use it; restrict access with --key and --client-keys"
+        text = (
+            f"anyone who can reach {where} can use it; restrict access with --key and --client-keys"
+        )
         notify(f"warning: {text}", "yellow")
 
 
@@ -85,7 +93,9 @@ def _report_handshakes(monitor: Socket) -> None:
     notices = ClientNotices()
     addresses: dict[int, str] = {}  # of each connection, by its descriptor
     unfinished: set[int] = set()  # connections whose handshakes have certainly not succeeded
-    explained: dict[str, float] = {}  # addresses of which more is known than that they hang up, and since when
+    explained: dict[
+        str, float
+    ] = {}  # addresses of which more is known than that they hang up, and since when
     reason = ""
     with monitor, suppress(zmq.ContextTerminated):
         while True:
@@ -97,7 +107,9 @@ def _report_handshakes(monitor: Socket) -> None:
                 reason = WRONG.get(value, "it broke the protocol of the handshake")
             elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
                 reason = HUNG_UP
-            elif event != zmq.EVENT_DISCONNECTED:  # it succeeded, or ZAP tells of it; whose, libzmq does not say
+            elif (
+                event != zmq.EVENT_DISCONNECTED
+            ):  # it succeeded, or ZAP tells of it; whose, libzmq does not say
                 unfinished.clear()
             else:  # which follows the others, and says whose they are
                 address = addresses.pop(value, "an unknown address")
@@ -106,7 +118,11 @@ def _report_handshakes(monitor: Socket) -> None:
                 unfinished.discard(value)
                 # A client that looks why it does not get through also hangs up.
                 now = time.monotonic()
-                explained = {each: since for each, since in explained.items() if now - since < CLIENT_INTERVAL}
+                explained = {
+                    each: since
+                    for each, since in explained.items()
+                    if now - since < CLIENT_INTERVAL
+                }
                 if reason and not (reason is HUNG_UP and address in explained):
                     notices.report(f"a client from {address} did not get through: {reason}")
                 if reason and reason is not HUNG_UP:

@@ -7,11 +7,21 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-QUOTED_LIMIT = 40  # characters of a message that a notice quotes; in UTF-8, each has four bytes at most
+QUOTED_LIMIT = (
+    40  # characters of a message that a notice quotes; in UTF-8, each has four bytes at most
+)
 
 # A terminal obeys the control characters C0 (below 0x20), DEL and C1 (0x7f to 0x9f), and Unicode's bidirectional
 # controls reorder what a person reads. Bytes that are not valid UTF-8 are decoded to the surrogates from U+DC80 on.
-_CONTROLS = [*range(0x20), *range(0x7F, 0xA0), 0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+_CONTROLS = [
+    *range(0x20),
+    *range(0x7F, 0xA0),
+    0x61C,
+    0x200E,
+    0x200F,
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+]
 _HEX = {code: "".join(f"\\x{byte:02x}" for byte in chr(code).encode()) for code in _CONTROLS} | {
     0xDC00 + byte: f"\\x{byte:02x}" for byte in range(0x80, 0x100)
 }
@@ -31,7 +41,9 @@ def quote(frames: Sequence[bytes]) -> bytes:
 
 def unquote(line: bytes) -> list[bytes]:
     """Return the frames of a quoted line; raise ValueError, naming it, if there is a wrong escape."""
-    return [_ESCAPE.sub(_unescape, frame) if b"\\" in frame else frame for frame in line.split(b"\t")]
+    return [
+        _ESCAPE.sub(_unescape, frame) if b"\\" in frame else frame for frame in line.split(b"\t")
+    ]
 
 
 def escape(frame: bytes) -> bytes:
@@ -71,5 +83,7 @@ def _unescape(match: re.Match[bytes]) -> bytes:
     if code[:1] == b"x" and len(code) == 3:
         return bytes.fromhex(code[1:].decode())
     if code not in _UNESCAPED:
-        raise ValueError(rf"'{match[0].decode(errors='surrogateescape')}' is not an escape; use \\ \t \n \r or \xHH")
+        raise ValueError(
+            rf"'{match[0].decode(errors='surrogateescape')}' is not an escape; use \\ \t \n \r or \xHH"
+        )
     return _UNESCAPED[code]

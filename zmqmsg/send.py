@@ -49,12 +49,19 @@ def run(
         from zmqmsg.curve import load_keys  # 5 ms, for CURVE alone
 
         _, apply_keys = load_keys(key, server_key)
-    open_req = partial(open_socket, share_context(), zmq.REQ, max_size=max_size, apply_keys=apply_keys)
-    probe_delay = min(PROBE_DELAY, (timeout or math.inf) / 4)  # so that an attempt ends with what was found
+    open_req = partial(
+        open_socket, share_context(), zmq.REQ, max_size=max_size, apply_keys=apply_keys
+    )
+    probe_delay = min(
+        PROBE_DELAY, (timeout or math.inf) / 4
+    )  # so that an attempt ends with what was found
     new_peer = partial(Peer, open_socket=open_req, probe_delay=probe_delay, verbose=verbose)
     output = Output(form)
     with ExitStack() as stack:
-        peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in connect or (DEFAULT_ENDPOINT,)]
+        peers = [
+            stack.enter_context(closing(new_peer(endpoint)))
+            for endpoint in connect or (DEFAULT_ENDPOINT,)
+        ]
         client = Client(peers, timeout=timeout or math.inf, retries=retries)
         messages = stack.enter_context(closing(read_messages(arguments, file, form)))
         times = Times()
@@ -106,7 +113,9 @@ class Times:
         """Notify the user of the number of replies and of the times, if there were several."""
         if self._count > 1:
             average = self._sum / self._count
-            notify(f"{self._count} replies, min/avg/max {self._min:.2f}/{average:.2f}/{self._max:.2f} ms")
+            notify(
+                f"{self._count} replies, min/avg/max {self._min:.2f}/{average:.2f}/{self._max:.2f} ms"
+            )
 
 
 class NoReply(Failure):
@@ -137,7 +146,9 @@ class Client:
     a ``timeout`` helps where a malformed request has made a REP socket drop its next reply, ours (libzmq's rep.cpp).
     """
 
-    def __init__(self, peers: Iterable[Peer], *, timeout: float = math.inf, retries: int = 3) -> None:
+    def __init__(
+        self, peers: Iterable[Peer], *, timeout: float = math.inf, retries: int = 3
+    ) -> None:
         """``timeout``: seconds for an attempt, from name resolution to reply. ``retries``: further ones per request."""
         self._peers = list(peers)  # the one that was used last is the last one
         self._timeout = timeout
@@ -161,7 +172,11 @@ class Client:
                 in_vain = not any(peer.was_ready for peer in self._peers)
                 if ended.final or in_vain or attempt > self._retries:
                     tries = f"({count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s)"
-                    text = f"no reply to {abridge(frames[0])} {tries}: {ended}" if self._sent else f"{ended} {tries}"
+                    text = (
+                        f"no reply to {abridge(frames[0])} {tries}: {ended}"
+                        if self._sent
+                        else f"{ended} {tries}"
+                    )
                     raise self._error(f"{text}; {hint}" if hint else text) from None
                 notify(f"{ended}; retrying ({attempt} of {self._retries})")
             except (Failure, MemoryError) as error:
@@ -182,7 +197,9 @@ class Client:
         self._sent = True
         try:
             if not (reply := receive_reply(peer, deadline)):
-                raise AttemptEnded(f"no reply from {peer.endpoint} within {self._timeout:g} s", UNANSWERED)
+                raise AttemptEnded(
+                    f"no reply from {peer.endpoint} within {self._timeout:g} s", UNANSWERED
+                )
         except AttemptEnded:
             peer.renew()  # that takes the request back, and whatever comes late
             raise
@@ -219,11 +236,15 @@ def receive_reply(peer: Peer, deadline: float) -> list[zmq.Frame]:
     while True:
         wait([peer], [link.socket], min(deadline, notice_at))
         link.read_events()
-        ended = link.ended  # before the look into the socket: a reply may have come just before the end
+        ended = (
+            link.ended
+        )  # before the look into the socket: a reply may have come just before the end
         if reply := receive(link.socket):
             return reply
         if ended and link.was_rejected():
-            raise AttemptEnded(f"the reply from {peer.endpoint} was rejected: {REJECTED}", final=True)
+            raise AttemptEnded(
+                f"the reply from {peer.endpoint} was rejected: {REJECTED}", final=True
+            )
         if ended:
             raise AttemptEnded(f"connection to {peer.endpoint} lost", CRASHED)
         now = time.monotonic()

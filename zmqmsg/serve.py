@@ -19,7 +19,9 @@ from zmqmsg.quoting import count_of, describe
 from zmqmsg.sockets import ApplyKeys, Context, Socket, open_socket, receive, send, share_context
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 
-STOP_LIMIT = 5.0  # seconds after a request to stop in which requests that have arrived are still answered
+STOP_LIMIT = (
+    5.0  # seconds after a request to stop in which requests that have arrived are still answered
+)
 RECEIVE_WAIT_MS = 20  # to wait for a request in recv, which takes one system call, before polling, which takes six
 
 
@@ -45,7 +47,9 @@ def run(
     # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
     raise_descriptor_limit()
     bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
-    keys_bound, keys_connected = apply_keys(key, client_keys, server_key, binds=bool(bind), connects=bool(connect))
+    keys_bound, keys_connected = apply_keys(
+        key, client_keys, server_key, binds=bool(bind), connects=bool(connect)
+    )
     context = share_context()
     open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
     output = None if quiet else Output(form)
@@ -77,9 +81,13 @@ def apply_keys(
     if server_key and not connects:
         raise click.UsageError("--server-key needs --connect")
     if key and connects and not server_key:
-        raise click.UsageError("--key with --connect needs --server-key: the public key file of the broker")
+        raise click.UsageError(
+            "--key with --connect needs --server-key: the public key file of the broker"
+        )
     if server_key and binds and not key:
-        raise click.UsageError("--server-key with --bind needs --key, otherwise the bound endpoint is not encrypted")
+        raise click.UsageError(
+            "--server-key with --bind needs --key, otherwise the bound endpoint is not encrypted"
+        )
     if not (key or server_key):
         return None, None
     from zmqmsg.curve import load_keys  # 5 ms, for CURVE alone
@@ -95,7 +103,9 @@ def flush(context: Context, server: "Server", attendant: Attendant) -> None:
     how = "two signals end" if attendant.requested == math.inf else "a second signal ends"
     attendant.serving = False
     attendant.notices.withdraw(STOPPING)
-    attendant.notices.expect(f"waiting for the last reply to reach its client; {how} it at once", NOTICE_DELAY)
+    attendant.notices.expect(
+        f"waiting for the last reply to reach its client; {how} it at once", NOTICE_DELAY
+    )
     leave_signals_to_other_threads()  # pyzmq gives term() up if a signal interrupts it
     context.term()
 
@@ -122,7 +132,9 @@ class Server:
         self._output = output
         self._count = count
         self._verbose = verbose
-        self._unprinted = 0  # requests that were answered, but not printed, since printing has failed
+        self._unprinted = (
+            0  # requests that were answered, but not printed, since printing has failed
+        )
         self._failed_at = math.inf  # when it failed
         self._problem = ""  # why
 
@@ -136,9 +148,13 @@ class Server:
             with self._answer:
                 self._answer_all(bound_sockets, peers)
         except Unanswered as unanswered:
-            notify(str(unanswered), "yellow")  # our own clients see the connection end, and ask again
+            notify(
+                str(unanswered), "yellow"
+            )  # our own clients see the connection end, and ask again
         if self._unprinted:
-            raise Failure(f"{self._problem}; {count_of(self._unprinted, 'request')} answered, but not printed")
+            raise Failure(
+                f"{self._problem}; {count_of(self._unprinted, 'request')} answered, but not printed"
+            )
 
     def _answer_all(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer]) -> None:
         sockets = bound_sockets
@@ -164,20 +180,27 @@ class Server:
                 self._answer.check()
                 wait(peers, [*sockets, *self._attendant.sources], math.inf)
         if over and self.served != self._count and any(socket.poll(0) for socket in sockets):
-            notify(f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered", "yellow")
+            notify(
+                f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered",
+                "yellow",
+            )
 
     def _is_late(self) -> bool:
         return time.monotonic() >= min(self._attendant.requested, self._failed_at) + STOP_LIMIT
 
     def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
-        started = time.perf_counter() if self._verbose else 0  # monotonic() has steps of 15 ms on Windows
+        started = (
+            time.perf_counter() if self._verbose else 0
+        )  # monotonic() has steps of 15 ms on Windows
         reply = self._answer.reply_to(request)
         send(socket, reply)
         self.served += 1
         if self._verbose:
             seconds = time.perf_counter() - started
             peer = name_peer(request[0], authenticated=bool(socket.zap_domain))
-            text = f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}"
+            text = (
+                f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}"
+            )
             notify(f"{text}, {seconds * 1000:.2f} ms")
         if self._unprinted:
             self._unprinted += 1
@@ -185,7 +208,9 @@ class Server:
             try:
                 self._output.write(request)
             except (BrokenPipeError, Failure) as error:
-                self._problem = str(error) if isinstance(error, Failure) else "standard output is closed"
+                self._problem = (
+                    str(error) if isinstance(error, Failure) else "standard output is closed"
+                )
                 self._unprinted = 1
                 self._failed_at = time.monotonic()
 

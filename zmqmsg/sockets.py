@@ -26,7 +26,10 @@ HANDSHAKE_LIMIT_MS = 10_000
 RECEIVE_LIMIT = 16
 MOST_SOCKETS = 10_000  # three for each endpoint that is connected to; libzmq's own limit is 1,023
 
-_TCP = re.compile(r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:]+(?:%[\w.-]+)?\]):(?P<port>\*|\d{1,5})", re.ASCII)
+_TCP = re.compile(
+    r"tcp://(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[[\w.:]+(?:%[\w.-]+)?\]):(?P<port>\*|\d{1,5})",
+    re.ASCII,
+)
 
 NOT_HERE = "this machine has no such address or interface"
 # libzmq's own numbers: on Windows they are not those of Python's errno.
@@ -50,7 +53,10 @@ def check_endpoint(endpoint: str, *, bind: bool) -> str:
         example = "ipc:///tmp/zmqmsg.sock"
         path = endpoint.encode().removeprefix(b"ipc://")
         if not zmq.has("ipc"):
-            example, problem = DEFAULT_ENDPOINT, "needs Unix sockets, which ZeroMQ does not have on this system"
+            example, problem = (
+                DEFAULT_ENDPOINT,
+                "needs Unix sockets, which ZeroMQ does not have on this system",
+            )
         elif path.startswith(b"@") and not HAS_ABSTRACT_NAMES:
             problem = "has an abstract name, which only Linux has"
         elif path in (b"", b"@") or path.startswith(b"*") or len(path) > zmq.IPC_PATH_MAX_LEN:
@@ -84,7 +90,12 @@ def new_socket(context: Context, socket_type: int) -> Socket:
 
 
 def open_socket(
-    context: Context, socket_type: int, *, max_size: int = -1, linger: int = 0, apply_keys: ApplyKeys | None = None
+    context: Context,
+    socket_type: int,
+    *,
+    max_size: int = -1,
+    linger: int = 0,
+    apply_keys: ApplyKeys | None = None,
 ) -> Socket:
     """Open a socket with the options that both commands share. Its receive timeout is 0.
 

@@ -18,15 +18,33 @@ if TYPE_CHECKING:
     from threading import Thread
 
 WINDOWS = sys.platform == "win32"
-SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)  # of descriptors, threads, memory: over soon
-READER_GONE = (errno.EPIPE, errno.EINVAL) if WINDOWS else (errno.EPIPE,)  # errors of writing to a pipe nobody reads
+SHORTAGES = (
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.EAGAIN,
+    errno.ENOMEM,
+)  # of descriptors, threads, memory: over soon
+READER_GONE = (
+    (errno.EPIPE, errno.EINVAL) if WINDOWS else (errno.EPIPE,)
+)  # errors of writing to a pipe nobody reads
 LINES_END_WITH_CR_LF = WINDOWS
-END_OF_INPUT = "Ctrl-Z and Enter" if WINDOWS else "Ctrl-D"  # what ends the input that is typed at a terminal
+END_OF_INPUT = (
+    "Ctrl-Z and Enter" if WINDOWS else "Ctrl-D"
+)  # what ends the input that is typed at a terminal
 COLOURS = not WINDOWS  # the old console of Windows shows the usual sequences as text
-HAS_ABSTRACT_NAMES = sys.platform == "linux"  # Unix sockets with an @ before their name, and no file
-HAS_CONNECTION_TIMEOUT = not WINDOWS  # TCP_MAXRT: Windows gives up after 21 s by itself, and Wine hangs with it
-ENDED_BY_CTRL_C = 0xC000013A  # exit status of a process that Ctrl-C or Ctrl-Break has ended on Windows
-MOST_DESCRIPTORS = (65536, 10240)  # limits to try; some versions of macOS accept the second one alone
+HAS_ABSTRACT_NAMES = (
+    sys.platform == "linux"
+)  # Unix sockets with an @ before their name, and no file
+HAS_CONNECTION_TIMEOUT = (
+    not WINDOWS
+)  # TCP_MAXRT: Windows gives up after 21 s by itself, and Wine hangs with it
+ENDED_BY_CTRL_C = (
+    0xC000013A  # exit status of a process that Ctrl-C or Ctrl-Break has ended on Windows
+)
+MOST_DESCRIPTORS = (
+    65536,
+    10240,
+)  # limits to try; some versions of macOS accept the second one alone
 UNIX_FAMILY = 1  # AF_UNIX on all systems; nobody asks for it where Python has none
 WRITEV_LIMIT = 1 << 30  # bytes that one writev may have; macOS refuses 2 GiB
 
@@ -102,7 +120,13 @@ def start_command(command: str) -> "Popen[bytes]":
 
     flags = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
     return subprocess.Popen(
-        command, shell=True, bufsize=0, stdin=PIPE, stdout=PIPE, start_new_session=not WINDOWS, creationflags=flags
+        command,
+        shell=True,
+        bufsize=0,
+        stdin=PIPE,
+        stdout=PIPE,
+        start_new_session=not WINDOWS,
+        creationflags=flags,
     )
 
 
@@ -112,7 +136,12 @@ def end_group(process: "Popen[bytes]") -> None:
         from subprocess import DEVNULL, run
 
         with suppress(OSError):
-            run(["taskkill", "/F", "/T", "/PID", str(process.pid)], stdin=DEVNULL, stdout=DEVNULL, stderr=DEVNULL)
+            run(
+                ["taskkill", "/F", "/T", "/PID", str(process.pid)],
+                stdin=DEVNULL,
+                stdout=DEVNULL,
+                stderr=DEVNULL,
+            )
         with suppress(OSError):
             process.kill()  # Wine 8 has no /T
         return
