@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import zmq
 
-from zmqmsg.sockets import Context
+from zmqmsg.sockets import Context, Socket
 
-from conftest import LIMIT, LINUX, Process, Serve, Start, memory, open_server, until
+from conftest import LIMIT, LINUX, Process, Serve, Start, free_endpoint, memory, open_server, until
 
 termios = pytest.importorskip("termios", reason="needs POSIX: pseudo-terminals")
 ioctl = pytest.importorskip("fcntl").ioctl
@@ -30,7 +30,7 @@ HINT = b"zmqmsg: reading messages, one per line; press Ctrl-D to finish"
 ENVIRONMENT = {
     name: value
     for name, value in os.environ.items()
-    if name not in ("COLUMNS", "LINES", "NO_COLOR")
+    if name not in ("COLUMNS", "LANGUAGE", "LINES", "NO_COLOR")
 } | {
     "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     "TERM": "xterm-256color",
@@ -65,15 +65,15 @@ class Terminal:
         os.write(self.master, keys)
 
     def read_until(self, text: bytes) -> bytes:
-        """Return all that was written, once ``text`` is in it; it is forgotten then."""
+        """Return what was written, up to ``text``; what comes after it is for the next call."""
         end = time.monotonic() + LIMIT
         while text not in self._output:
             assert select.select([self.master], [], [], end - time.monotonic())[0], (
                 f"no {text!r} in {self._output!r}"
             )
             self._output += os.read(self.master, 65536)
-        output, self._output = self._output, b""
-        return output
+        before, found, self._output = self._output.partition(text)
+        return before + found
 
     def read_rest(self) -> bytes:
         """Return all that was written, once no process has the terminal any more."""
@@ -136,21 +136,17 @@ UNSAFE = [
     *range(0x202A, 0x202F),
     *range(0x2066, 0x206A),
 ]
-CONTROLS = [chr(code) for code in UNSAFE if chr(code) not in "\n\t"]
-HARMLESS = '{\n\t"pretty": "C:\\x1b\\n"\n} \U0001f468\u200d\U0001f469, \u05e2\u05d1\u05e8\u05d9\u05ea, \u65e5\u672c, e\u0301'
-
-
+CONTROLS = "".join(chr(code) for code in UNSAFE if chr(code) not in "\n\t").encode()
+HARMLESS = (
+    '{\n\t"pretty": "C:\\x1b\\n"\n} '
+    "\U0001f468\u200d\U0001f469, \u05e2\u05d1\u05e8\u05d9\u05ea, \u65e5\u672c, e\u0301"
+).encode()
 LONG = "\u20ac\x1b".encode() * 30_000
 
 SHOWN = {
-    b"\x1b]0;title\x07 \x1b[2J": rb"\x1b]0;title\x07 \x1b[2J",
-    b"over\rwrite\b\x7f\0": rb"over\x0dwrite\x08\x7f\x00",
-    "user\u202etxt.exe \x9b31m".encode(): rb"user\xe2\x80\xaetxt.exe \xc2\x9b31m",
     b"\xff\xc0\x80\xed\xa0\x80 \xe2\x82": rb"\xff\xc0\x80\xed\xa0\x80 \xe2\x82",
-    "".join(CONTROLS).encode(): "".join(
-        f"\\x{byte:02x}" for byte in "".join(CONTROLS).encode()
-    ).encode(),
-    HARMLESS.encode(): HARMLESS.encode(),
+    CONTROLS: "".join(f"\\x{byte:02x}" for byte in CONTROLS).encode(),
+    HARMLESS: HARMLESS,
     LONG: LONG.replace(b"\x1b", rb"\x1b"),
 }
 
@@ -171,27 +167,23 @@ def test_a_message_cannot_drive_the_terminal(
             yield from ("--file", str(path))
 
     frames = files(b"one", b"", b"three\\\n\x1b\xff")
-    assert (
-        start("send", "--connect", endpoint, "--multipart", *frames, **streams["send"]).wait() == 0
-    )
+    sender = start("send", "--connect", endpoint, "--multipart", *frames, **streams["send"])
+    assert sender.wait() == 0
     start("send", "--connect", endpoint, *files(*SHOWN), **streams["send"])
     quoted = rb"one" + b"\t\t" + rb"three\\\n\x1b\xff"
     assert terminal.read_rest() == b"".join(line + b"\n" for line in (quoted, *SHOWN.values()))
 
 
-def test_ctrl_s_keeps_no_signal_from_ending_serve(
-    serve: Serve, start: Start, terminal: Terminal
-) -> None:
+def test_ctrl_s_keeps_no_signal_from_ending_serve(start: Start, terminal: Terminal) -> None:
     """Notices go to the same terminal, and must not block either."""
-    endpoint = "ipc://@zmqmsg-test-" + str(os.getpid())
-    server = start("serve", "--bind", endpoint, "--verbose", **terminal.all())
-    terminal.read_until(b"listening")
+    server = start("serve", "--bind", "tcp://127.0.0.1:*", "--verbose", **terminal.all())
+    terminal.read_until(b"listening on ")
+    endpoint = terminal.read_until(b"\n").decode().strip()
     termios.tcflow(terminal.end, termios.TCOOFF)
-    options = ["--timeout", "1", "--retries", "0"]
-    client = start(
-        "send", "--connect", endpoint, *options, *["x" * 100_000] * 2, stdout=subprocess.DEVNULL
-    )
-    assert client.wait() == 3, "the second one is not taken"
+    client = start("send", "--connect", endpoint, stdout=subprocess.DEVNULL)
+    for _ in range(2):
+        client.send_line(b"x" * 100_000)
+    client.wait_for_notice("waiting for a reply")  # the second one is not taken
     server.signal(signal.SIGTERM)
     assert server.wait() == 1
     termios.tcflow(terminal.end, termios.TCOON)
@@ -205,17 +197,16 @@ def test_a_notice_is_one_line_whatever_it_quotes_of_a_message(
 ) -> None:
     _server, endpoint = open_server(context, zmq.REP)
     message = b"a\nb\tc\r\x1b[2J\xff\x7f" + "\x9b\u202e\u2069".encode()
-    options = ["--timeout", "0.9", "--retries", "0", "--connect", endpoint]
+    options = ["--timeout", "2", "--retries", "0", "--connect", endpoint]
     shown, logged = (
         start("send", *options, "--", message, stderr=stderr, env=PLAIN)
         for stderr in (terminal.end, subprocess.PIPE)
     )
     assert (shown.wait(), logged.wait()) == (3, 3)
-    for line in (*terminal.read_rest().decode().splitlines(), *logged.notices[:-1]):
-        assert line.isprintable()
-        assert line.startswith(
-            r"zmqmsg: no reply to 'a\nb\tc\r\x1b[2J\xff\x7f\xc2\x9b\xe2\x80\xae\xe2\x81\xa9'"
-        )
+    quoted = r"'a\nb\tc\r\x1b[2J\xff\x7f\xc2\x9b\xe2\x80\xae\xe2\x81\xa9'"
+    for lines in (terminal.read_rest().decode().splitlines(), logged.notices[:-1]):
+        assert all(line.isprintable() for line in lines)
+        assert lines[-1].startswith(f"zmqmsg: no reply to {quoted}")
 
 
 @pytest.mark.parametrize(
@@ -302,9 +293,7 @@ def test_the_bar_fits_a_narrow_terminal_that_knows_no_sequences(
     terminal: Terminal, on_terminal: OnTerminal, long_file: Path
 ) -> None:
     termios.tcsetwinsize(terminal.end, (45, 20))
-    environment = {name: value for name, value in PLAIN.items() if name != "NO_COLOR"} | {
-        "TERM": "dumb"
-    }
+    environment = ENVIRONMENT | {"TERM": "dumb"}
     with long_file.open("rb") as file:
         written = on_terminal("--verbose", streams="stderr", stdin=file, env=environment)
     assert b"\x1b" not in written
@@ -334,45 +323,47 @@ def test_there_is_no_progress_bar_otherwise(
 
 
 @pytest.fixture
+def half_server(context: Context) -> tuple[Socket, str]:
+    """A server that answers to nobody but ``halfway``, and its endpoint."""
+    return open_server(context, zmq.REP)
+
+
+@pytest.fixture
 def halfway(
-    context: Context, start: Start, terminal: Terminal, long_file: Path
-) -> Callable[..., Process]:
-    """Start ``send`` with further options, and let it get no further than to the middle of its progress bar."""
-
-    server, endpoint = open_server(context, zmq.REP)
-
-    def halfway(*options: str) -> Process:
-        with long_file.open("rb") as file:
-            streams = {"stdin": file, "stdout": subprocess.DEVNULL, "stderr": terminal.end}
-            client = start("send", "--connect", endpoint, *options, env=PLAIN, **streams)
-        for _ in range(100):
-            server.send(server.recv())
-        terminal.read_until(b"50%")
-        return client
-
-    return halfway
+    half_server: tuple[Socket, str], start: Start, terminal: Terminal, long_file: Path
+) -> Process:
+    """Start ``send``, and let it get no further than to the middle of its progress bar."""
+    server, endpoint = half_server
+    with long_file.open("rb") as file:
+        streams = {"stdin": file, "stdout": subprocess.DEVNULL, "stderr": terminal.end}
+        client = start("send", "--connect", endpoint, "--retries", "0", env=PLAIN, **streams)
+    for _ in range(100):
+        server.send(server.recv())
+    terminal.read_until(b"50%")
+    return client
 
 
-def test_a_notice_and_an_error_begin_on_a_line_of_their_own_below_the_bar(
-    halfway: Callable[..., Process], terminal: Terminal
+def test_notices_begin_on_a_line_of_their_own_below_the_bar(
+    halfway: Process, half_server: tuple[Socket, str], terminal: Terminal
 ) -> None:
-    client = halfway("--timeout", "1.5", "--retries", "0")
-    assert client.wait() == 3
-    written = terminal.read_rest()
-    assert re.match(rb"\s*\nzmqmsg: waiting for a reply from [^\n]*\n", written)
-    assert re.search(rb"\nzmqmsg: no reply to ", written)
-    assert HIDDEN_CURSOR not in written
+    written = terminal.read_until(b"waiting for a reply")
+    half_server[0].close()
+    assert halfway.wait() == 3
+    written += terminal.read_rest()
+    remaining_time = rb"[\s\d:]*"
+    notice = rb"\nzmqmsg: waiting for a reply[^\n]*"
+    error = rb"\n+zmqmsg: [^\n]* lost[^\n]*\n"
+    assert re.fullmatch(remaining_time + notice + error, written), written
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_of_the_bar_ends_send_and_leaves_the_terminal_sane(
-    halfway: Callable[..., Process], terminal: Terminal, number: int
+def test_a_signal_in_the_middle_of_the_bar_leaves_the_terminal_sane(
+    halfway: Process, terminal: Terminal, number: int
 ) -> None:
-    client = halfway()
-    client.signal(number)
-    assert client.wait() == -number
+    halfway.signal(number)
+    assert halfway.wait() == -number
     assert terminal.sane
-    assert terminal.read_rest().strip() == b""
+    assert b"zmqmsg" not in terminal.read_rest()
 
 
 @pytest.fixture
@@ -428,26 +419,23 @@ def test_ctrl_z_and_ctrl_c_in_the_middle_of_the_bar_leave_the_terminal_sane(
 @pytest.mark.parametrize("arguments", [[], ["--file", "-"], ["--file", "/dev/zero"]])
 def test_ctrl_c_ends_send_while_it_reads_without_end(start: Start, arguments: list[str]) -> None:
     with Path("/dev/zero").open("rb") as zero:
-        client = start("send", "--connect", "tcp://127.0.0.1:1", *arguments, stdin=zero)
-    until(lambda: memory(client.pid) > 100_000)
+        client = start("send", "--connect", free_endpoint(), *arguments, stdin=zero)
+    until(lambda: memory(client.pid) > 60_000)
     client.signal(signal.SIGINT)
     assert (client.wait(), client.notices) == (-signal.SIGINT, ["(end)"])
 
 
-@pytest.mark.parametrize("milliseconds", range(0, 150, 25))
+@pytest.mark.parametrize("milliseconds", range(0, 150, 50))
 def test_ctrl_c_ends_send_silently_from_its_first_line_on(start: Start, milliseconds: int) -> None:
-    """What Python imports is told on standard error, so that it is known when zmqmsg has begun."""
+    """Python names what it imports on standard error, which shows that zmqmsg has begun."""
     environment = ENVIRONMENT | {"PYTHONPROFILEIMPORTTIME": "1"}
-    client = start("send", "--connect", "tcp://127.0.0.1:1", "message", env=environment)
+    client = start("send", "--connect", free_endpoint(), "message", env=environment)
     client.wait_for_notice(r"\bclick\b")
-    time.sleep(milliseconds / 1000)
+    time.sleep(milliseconds / 1000)  # wherever it is by then
     client.signal(signal.SIGINT)
     assert client.wait() == -signal.SIGINT
-    assert not [
-        line
-        for line in client.notices[:-1]
-        if not line.startswith(("import time:", "zmqmsg: waiting"))
-    ]
+    expected = ("import time:", "zmqmsg: waiting", "(end)")
+    assert not [line for line in client.notices if not line.startswith(expected)]
 
 
 # Completion
@@ -463,6 +451,12 @@ COMPLETIONS = [
 ]
 
 
+def has_bash_completion() -> bool:
+    """Return whether bash has what click needs; that of macOS is too old."""
+    condition = "((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404))"
+    return bool(shutil.which("bash")) and subprocess.call(["bash", "-c", condition]) == 0
+
+
 @pytest.mark.parametrize(
     ("command", "preparation"),
     [("bash --norc --noprofile -i", ""), ("zsh -f -i", "autoload -U compinit; compinit -u -D; ")],
@@ -472,6 +466,8 @@ def test_the_tab_key_completes(
     terminal: Terminal, tmp_path: Path, shell: Callable[[str], None], command: str, preparation: str
 ) -> None:
     """The lines that the shell completes are run by a function, which shows what it got."""
+    if command.startswith("bash") and not has_bash_completion():
+        pytest.skip("needs bash 4.4")
     (tmp_path / "picture.png").touch()
     shell(command)
     source = f'eval "$(_ZMQMSG_COMPLETE={command.split()[0]}_source zmqmsg)"'
