@@ -1,11 +1,10 @@
-"""What ``zmqmsg serve`` promises: it answers, prints what was asked, and stops without losing a reply."""
+"""What ``zmqmsg serve`` promises: it answers, prints, and stops without losing a reply."""
 
 import os
 import re
+import select
 import signal
 import socket
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -66,14 +65,19 @@ def test_a_request_of_a_plain_req_socket_is_printed(
         ("--bind tcp://*:5555 --key server.key_secret --client-keys .", "IPv4", False),
     ],
 )
-def test_a_bind_to_all_addresses_says_so_and_warns_unless_clients_need_keys(
+def test_a_bind_to_all_addresses_warns_unless_clients_need_keys(
     start: Start, tmp_path: Path, options: str, which: str, is_open: bool
 ) -> None:
+    if "[::]" in options:
+        try:
+            socket.socket(socket.AF_INET6).close()
+        except OSError:
+            pytest.skip("needs IPv6")
     # In a network of its own, so that really nobody can reach it.
     isolated = shell(tmp_path, 'exec unshare --user --net "$python" "$@"')
     server = start("serve", *options.split(), cwd=tmp_path, **isolated)
-    if "unshare" in server.wait_for_notice("listening|unshare failed")[0]:
-        pytest.skip("needs the right to make a network namespace")
+    if "unshare" in server.wait_for_notice("listening|unshare")[0]:
+        pytest.skip("needs unshare, and the right to make a network namespace")
     notices = stop(server)[2]
     assert f"zmqmsg: listening on all {which} addresses, port 5555" in notices
     warning = "warning: anyone .*port 5555.*--key.*--client-keys"
@@ -81,21 +85,18 @@ def test_a_bind_to_all_addresses_says_so_and_warns_unless_clients_need_keys(
 
 
 @POSIX
-def test_verbose_says_who_asked_how_much_and_how_long_the_answer_took(
-    context: Context, serve: Serve, tmp_path: Path
+def test_verbose_says_who_asked_how_much_and_how_long_it_took(
+    context: Context, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    local = f"ipc://{tmp_path}/socket"
-    server, endpoint = serve(
-        "--verbose", "--bind", "tcp://127.0.0.1:*", "--bind", local, "--exec", "sleep 0.2; cat"
-    )
+    monkeypatch.chdir(tmp_path)
+    endpoints = ["--bind", "tcp://127.0.0.1:*", "--bind", "ipc://socket"]
+    server, endpoint = serve("--verbose", *endpoints, "--exec", "sleep 0.2; cat")
     assert ask(context, endpoint, b"one", b"two") == [b"onetwo"]
-    assert ask(context, local, b"x") == [b"x"]
+    assert ask(context, "ipc://socket", b"x") == [b"x"]
     with socket.create_connection(address(endpoint), LIMIT) as old:  # libzmq keeps no address of it
         old.sendall(b"\xff" + bytes(8) + b"\x7f\x01\x03\0\0" + request(b"y"))
         server.wait_for_notice("request 3 from unknown address: 1 frame, 1 byte")
-    line = (
-        r"request 1 from 127\.0\.0\.1: 2 frames, 6 bytes; reply: 1 frame, 6 bytes, (\d+\.\d+) ms$"
-    )
+    line = r"request 1 from 127\.0\.0\.1: 2 frames, 6 bytes; reply: 1 frame, 6 bytes, (.*) ms$"
     assert float(server.wait_for_notice(line)[1]) >= 200
     server.wait_for_notice(f"request 2 from process {os.getpid()}: 1 frame, 1 byte")
     server.wait_for_notice("--quoted keeps them apart")
@@ -127,9 +128,8 @@ def test_an_endpoint_that_cannot_be_bound_is_a_failure_in_plain_words(
 def test_a_second_bind_that_fails_leaves_no_ipc_file_behind(
     start: Start, echo: str, tmp_path: Path
 ) -> None:
-    status, output, notices = start(
-        "serve", "--bind", f"ipc://{tmp_path}/a.sock", "--bind", echo
-    ).finish()
+    binds = ["--bind", "ipc://a.sock", "--bind", echo]
+    status, output, notices = start("serve", *binds, cwd=tmp_path).finish()
     assert (status, output) == (1, b"")
     assert f"cannot bind {echo}: address in use" in notices[-1]
     assert list(tmp_path.iterdir()) == []
@@ -161,19 +161,18 @@ def test_a_bad_broker_harms_neither_a_good_one_nor_what_is_bound(
 
 @POSIX
 def test_one_server_serves_all_that_it_binds_and_connects_to(
-    context: Context, serve: Serve, tmp_path: Path
+    context: Context, serve: Serve, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     with broker() as (front, back):
-        binds = ["--bind", f"ipc://{tmp_path}/a.sock", "--bind", "tcp://127.0.0.1:*"]
-        server, one = serve(
-            *binds, "--connect", back, "--count", "3", "--null", "--exec", "tr a-z A-Z"
-        )
+        ends = ["--bind", "ipc://a.sock", "--bind", "tcp://127.0.0.1:*", "--connect", back]
+        server, one = serve(*ends, "--count", "3", "--null", "--exec", "tr a-z A-Z")
         two = server.wait_for_notice("listening on (tcp.*)")[1]
         assert [ask(context, endpoint, b"hi") for endpoint in (one, two, front)] == [[b"HI"]] * 3
         assert server.finish()[:2] == (0, b"hi\0" * 3)
 
 
-def test_a_worker_waits_aloud_for_its_broker_loses_it_and_finds_it_again(
+def test_a_worker_says_when_it_waits_for_its_broker_and_finds_it(
     context: Context, start: Start
 ) -> None:
     back = free_endpoint()
@@ -200,11 +199,10 @@ def test_a_worker_waits_aloud_for_its_broker_loses_it_and_finds_it_again(
 
 @contextmanager
 def slow_client(endpoint: str, body: bytes) -> Iterator[BinaryIO]:
-    """Send a request of ``body`` by hand; the context gets the stream to read the reply from, when it likes."""
+    """Send a request by hand; the context gets the stream to read the reply from, at any time."""
     with socket.socket() as client:
-        client.setsockopt(
-            socket.SOL_SOCKET, socket.SO_RCVBUF, 65536
-        )  # else the system takes it all
+        # Otherwise the system would take the whole reply.
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         client.settimeout(LIMIT)
         client.connect(address(endpoint))
         client.sendall(greeting() + ready(b"REQ"))
@@ -216,30 +214,18 @@ def slow_client(endpoint: str, body: bytes) -> Iterator[BinaryIO]:
 
 
 @pytest.mark.parametrize("how", ["count", "signal"])
-@pytest.mark.parametrize(
-    ("megabytes", "rate"), [(6, 0), pytest.param(24, 2_000_000, marks=soak, id="full")]
-)
-def test_the_last_reply_reaches_a_slow_client_however_long_that_takes(
-    serve: Serve, how: str, megabytes: int, rate: int
-) -> None:
-    """Without a ``rate``, in bytes a second, the client begins to read when the server has said that it waits."""
-    body = os.urandom(megabytes * 1_000_000)
+def test_the_last_reply_reaches_a_slow_client(serve: Serve, how: str) -> None:
+    body = os.urandom(6_000_000)
     server, endpoint = serve(*["--count", "1"] * (how == "count"))
     with slow_client(endpoint, body) as stream:
         assert server.popen.stdout
         assert server.popen.stdout.read(len(body) + 1) == body + b"\n"  # printed, and so on its way
         if how == "signal":
             server.signal(signal.SIGTERM)
-        if not rate:
-            server.wait_for_notice("waiting for the last reply")
+        server.wait_for_notice("waiting for the last reply")
         assert stream.read(2 + 9) == b"\x01\x00\x02" + len(body).to_bytes(8)
-        received = bytearray()
-        while len(received) < len(body) and (data := stream.read(rate // 10 or 65536)):
-            received += data
-            time.sleep(0.1 if rate else 0)
-        assert received == body
+        assert stream.read(len(body)) == body
     assert server.wait() == 0
-    assert "waiting for the last reply" in server.notices[-2]
 
 
 @LINUX
@@ -258,27 +244,23 @@ def test_a_client_that_reads_nothing_ends_the_wait_within_35_seconds(serve: Serv
     server, endpoint = serve("--quiet", "--count", "1")
     with slow_client(endpoint, bytes(6_000_000)):
         server.wait_for_notice("1 request served")
-        assert server.wait(35) == 0
+        assert server.wait(limit=35) == 0
 
 
 @POSIX
-def test_the_last_reply_of_a_worker_reaches_its_broker_however_soon_the_request_came(
-    context: Context, start: Start, tmp_path: Path
-) -> None:
-    size = 20_000_000
-    for number in range(4):
-        dealer, back = open_server(context, zmq.DEALER, f"ipc://{tmp_path}/{number}.sock")
-        worker = start(
-            "serve", "--connect", back, "--count", "1", "--exec", f"head -c {size} /dev/zero"
-        )
+def test_the_last_reply_of_a_worker_reaches_its_broker(context: Context, start: Start) -> None:
+    """However soon after the start the request came."""
+    command = "head -c 20000000 /dev/zero"
+    for _ in range(4):
+        dealer, back = open_server(context, zmq.DEALER)
+        worker = start("serve", "--connect", back, "--count", "1", "--exec", command)
         dealer.send_multipart([b"", b"x"])  # waits for the worker
         assert worker.finish()[:2] == (0, b"x\n")
-        assert dealer.poll(5000)
-        assert dealer.recv_multipart() == [b"", bytes(size)]
+        assert dealer.recv_multipart() == [b"", bytes(20_000_000)]
 
 
 @POSIX
-def test_the_last_reply_of_a_worker_reaches_a_broker_that_was_restarted_during_another_request(
+def test_the_last_reply_reaches_a_broker_that_was_restarted_meanwhile(
     context: Context, start: Start, tmp_path: Path
 ) -> None:
     (one, one_back), (two, two_back) = (open_server(context, zmq.DEALER) for _ in range(2))
@@ -295,8 +277,7 @@ def test_the_last_reply_of_a_worker_reaches_a_broker_that_was_restarted_during_a
     (tmp_path / "fifo").write_bytes(b"")
     two.send_multipart([b"", b"x"])  # waits for the worker
     assert worker.finish()[:2] == (0, b"x\nx\n")
-    assert one.poll(5000)
-    assert two.poll(5000)
+    assert (len(one.recv_multipart()), len(two.recv_multipart())) == (2, 2)
 
 
 # Standard output and standard error
@@ -324,67 +305,37 @@ def test_a_signal_lets_a_slow_reader_have_all_that_is_printed(serve: Serve, send
     assert stop(server)[:2] == (0, message + b"\n")
 
 
-UNREAD = "zmqmsg: standard output is not being read"
-
-
-@pytest.mark.parametrize("signals", [1, 2])
-def test_an_output_that_nobody_reads_is_told_of_and_signals_end_the_wait(
-    serve: Serve, send: Send, signals: int
-) -> None:
+def test_a_signal_ends_the_wait_for_an_output_that_nobody_reads(serve: Serve, send: Send) -> None:
+    unread = "zmqmsg: standard output is not being read"
     server, endpoint = serve()
     assert send("--connect", endpoint, "x" * 100_000).returncode == 0
-    server.wait_for_notice(UNREAD)
-    started = time.monotonic()
-    for _ in range(signals):
-        server.signal(signal.SIGINT)
-    status = server.wait()
-    assert time.monotonic() - started < 5  # two seconds at most, on a machine that is not busy
-    if signals == 2:
-        assert status in (1, 128 + signal.SIGINT)
-    else:
-        assert (status, server.notices[-2]) == (
-            1,
-            f"{UNREAD}; 1 request was answered, but not printed",
-        )
+    server.wait_for_notice(unread)
+    server.signal(signal.SIGINT)
+    assert server.wait() == 1
+    assert server.notices[-2] == f"{unread}; 1 request was answered, but not printed"
 
 
 @POSIX
-def test_a_non_blocking_output_is_written_as_any_other(send: Send, echo: str) -> None:
+def test_a_non_blocking_output_is_written_as_any_other(start: Start, echo: str) -> None:
     """Another process that shares it may have made it so."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     message = os.urandom(1_000_000)
-    received: list[bytes] = []
-
-    def read_slowly() -> None:
-        with open(reading, "rb", buffering=0) as stream:
-            while data := stream.read(10_000):
-                received.append(data)
-                time.sleep(0.001)
-
-    reader = threading.Thread(target=read_slowly)
-    reader.start()
-    done = send(
-        "--raw",
-        "-c",
-        echo,
-        "-f",
-        "-",
-        input=message,
-        stdout=writing,
-        stderr=None,
-        capture_output=False,
-    )
+    client = start("send", "--raw", "--connect", echo, "--file", "-", stdout=writing)
+    assert client.popen.stdin
+    client.popen.stdin.write(message)
+    client.popen.stdin.close()
+    until(lambda: not select.select([], [writing], [], 0)[1])  # it is full
     os.close(writing)
-    reader.join(LIMIT)
-    assert (done.returncode, b"".join(received)) == (0, message)
+    with open(reading, "rb") as stream:
+        assert stream.read() == message
+    assert client.finish()[0] == 0
 
 
 @POSIX
 def test_notices_that_nobody_reads_keep_no_signal_from_ending_it(
     start: Start, tmp_path: Path
 ) -> None:
-    endpoint = f"ipc://{tmp_path}/a.sock"
     reading, writing = os.pipe()
     try:
         os.set_blocking(writing, False)
@@ -392,12 +343,10 @@ def test_notices_that_nobody_reads_keep_no_signal_from_ending_it(
             while True:
                 os.write(writing, bytes(4096))
         os.set_blocking(writing, True)
-        server = start("serve", "--bind", endpoint, stderr=writing)
+        server = start("serve", "--bind", "ipc://a.sock", stderr=writing, cwd=tmp_path)
         until((tmp_path / "a.sock").exists)
-        started = time.monotonic()
         server.signal(signal.SIGTERM)
         assert server.wait() in (1, -signal.SIGTERM)
-        assert time.monotonic() - started < 5
     finally:
         os.close(reading)
         os.close(writing)
