@@ -1,4 +1,4 @@
-"""A server that stops: what it has received is answered, and what stands in the way of that is said."""
+"""A server that stops: what it has received is answered, and what keeps it from that is said."""
 
 import signal
 import sys
@@ -13,12 +13,14 @@ from zmqmsg.sockets import Context, Socket
 
 from conftest import LIMIT, LINUX, POSIX, Send, Serve, Start, ask, broker, memory, open_server, stop
 
-
-def slow_echo(seconds: float) -> str:
-    """Return a command that is the echo, and takes its time."""
-    if sys.platform != "win32":
-        return f"sleep {seconds}; cat"
-    return f'"{sys.executable}" -c "import sys, time; time.sleep({seconds}); sys.stdout.write(sys.stdin.read())"'
+BLOCKED_ECHO = """\
+import os, sys, time
+request = sys.stdin.read()
+print("begun", file=sys.stderr, flush=True)
+while not os.path.exists("go"):
+    time.sleep(0.01)
+sys.stdout.write(request)
+"""  # it answers nothing until there is a file with the name "go"
 
 
 def clients_of(context: Context, endpoint: str, count: int) -> list[Socket]:
@@ -34,17 +36,20 @@ def clients_of(context: Context, endpoint: str, count: int) -> list[Socket]:
     return clients
 
 
-def test_all_that_was_received_is_answered_before_the_end(context: Context, serve: Serve) -> None:
-    server, endpoint = serve("--verbose", "--exec", slow_echo(0.05))
-    count = 20 if sys.platform != "win32" else 10
-    clients = clients_of(context, endpoint, count)
-    server.wait_for_notice("request 1 from")
+def test_all_that_was_received_is_answered_before_the_end(
+    context: Context, serve: Serve, tmp_path: Path
+) -> None:
+    (tmp_path / "echo.py").write_text(BLOCKED_ECHO)
+    server, endpoint = serve("--exec", f'"{sys.executable}" echo.py', cwd=tmp_path)
+    clients = clients_of(context, endpoint, 5)
+    server.wait_for_notice("begun")
     time.sleep(0.3)  # nothing tells when the others have come
     server.signal(signal.SIGTERM)
-    replies = [client.recv() for client in clients]
-    assert replies == [b"%d" % number for number in range(count)], server.notices
+    server.wait_for_notice("stopping after the current request")
+    (tmp_path / "go").touch()
+    assert [client.recv() for client in clients] == [b"0", b"1", b"2", b"3", b"4"]
     status, output, _ = server.finish()
-    assert (status, len(output.splitlines())) == (0, count)
+    assert (status, len(output.splitlines())) == (0, 5)
 
 
 @POSIX
@@ -52,24 +57,24 @@ def test_a_worker_that_stops_answers_what_its_broker_has_handed_over(
     context: Context, start: Start
 ) -> None:
     with broker() as (front, back):
-        workers = [start("serve", "--connect", back, "--exec", slow_echo(0.05)) for _ in range(2)]
+        workers = [start("serve", "--connect", back, "--exec", "sleep 0.05; cat") for _ in range(2)]
         for worker in workers:
             worker.wait_for_notice("connected to")
-        clients = clients_of(context, front, 20)
+        clients = clients_of(context, front, 12)
         assert workers[0].read_line().isdigit()
         assert stop(workers[0])[0] == 0
-        assert [client.recv() for client in clients] == [b"%d" % number for number in range(20)]
+        assert [client.recv() for client in clients] == [b"%d" % number for number in range(12)]
 
 
+@POSIX
 def test_what_takes_longer_than_five_seconds_is_left_and_told_of(
     context: Context, serve: Serve
 ) -> None:
-    server, endpoint = serve("--exec", slow_echo(0.5))
+    server, endpoint = serve("--exec", "sleep 0.5; cat")
     _clients = clients_of(context, endpoint, 20)
     assert server.read_line().isdigit()  # the first one is served, whoever it is
-    started = time.monotonic()
     status, _, notices = stop(server)
-    assert (status, 4 < time.monotonic() - started < 8) == (0, True)
+    assert status == 0
     assert any("still wait are not answered" in notice for notice in notices), notices
 
 
@@ -80,15 +85,17 @@ def test_a_command_that_prints_without_end_is_stopped(
     serve: Serve, start: Start, tmp_path: Path, option: str, size: int
 ) -> None:
     (tmp_path / "request").write_bytes(b"x" * size)
-    server, endpoint = serve(option, "read line; exec cat /dev/zero", "--max-size", "16M")
+    command = "head -c 1 > /dev/null; exec cat /dev/zero"
+    server, endpoint = serve(option, command, "--max-size", "16M")
     client = start("send", "--connect", endpoint, "--retries", "0", "--file", f"{tmp_path}/request")
     peak = 0
     while server.popen.poll() is None:
         with suppress(IndexError, OSError):  # it has just ended
             peak = memory(server.pid, "VmHWM")
-        time.sleep(0.01)
+        time.sleep(0.01)  # from one look at its memory to the next
     status, output, notices = server.finish()
-    assert (status, output, peak < 200 << 10) == (1, b"", True)
+    assert (status, output) == (1, b"")
+    assert peak < 200_000, "KiB"
     assert "printed more than --max-size" in notices[-1]
     assert client.finish()[0] in (1, 3)
 
@@ -111,10 +118,8 @@ def test_an_output_that_is_closed_stops_it_after_the_reply(context: Context, ser
     server.popen.stdout.close()
     assert ask(context, endpoint, b"x") == [b"x"]
     assert server.wait() == 1
-    assert (
-        server.notices[-2]
-        == "zmqmsg: standard output is closed; 1 request answered, but not printed"
-    )
+    notice = "zmqmsg: standard output is closed; 1 request answered, but not printed"
+    assert server.notices[-2] == notice
 
 
 @LINUX
@@ -123,15 +128,14 @@ def test_a_reply_that_came_while_send_was_stopped_is_printed(
 ) -> None:
     """A laptop that sleeps oversleeps the deadline as well."""
     server, endpoint = open_server(context, zmq.REP)
-    senders = [
-        start("send", "--connect", endpoint, "--timeout", "0.5", "--retries", "0") for _ in range(5)
-    ]
+    options = ["--timeout", "2", "--retries", "0"]
+    senders = [start("send", "--connect", endpoint, *options) for _ in range(3)]
     for sender in senders:
         sender.send_line(b"x")
         request = server.recv()
         sender.signal(signal.SIGSTOP)
         server.send(request)
-    time.sleep(0.8)  # longer than the timeout
+    time.sleep(2.5)  # longer than the timeout
     for sender in senders:
         sender.signal(signal.SIGCONT)
-    assert [sender.finish()[:2] for sender in senders] == [(0, b"x\n")] * 5
+    assert [sender.finish()[:2] for sender in senders] == [(0, b"x\n")] * 3
