@@ -7,22 +7,19 @@ import socket
 import stat
 import subprocess
 import sys
-import time
-from collections.abc import Callable
-from contextlib import ExitStack, nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import click
 import pytest
 import zmq
 import zmq.auth
 from click.testing import CliRunner
-from zmq.utils import z85
+from zmq.auth.thread import ThreadAuthenticator
 from zmq.utils.monitor import recv_monitor_message
 
 from zmqmsg.cli import cli
-from zmqmsg.curve import ClientKeys, load_key_pair, start_zap_handler
 from zmqmsg.sockets import Context, Socket
 
 from conftest import (
@@ -34,12 +31,12 @@ from conftest import (
     Start,
     address,
     broker,
+    descriptors,
     memory,
     relay,
     shell,
     soak,
     stop,
-    until,
 )
 from zmtp import command, greeting, ready, request
 
@@ -48,6 +45,7 @@ with suppress(ImportError):  # Windows has none
 
 SERVE_KEY = ["serve", "--bind", "tcp://192.0.2.1:1", "--key"]
 SERVER_KEY = ["send", "x", "--server-key"]
+IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
 EITHER_OPTION = pytest.mark.parametrize(
     "option", [SERVE_KEY, SERVER_KEY], ids=["--key", "--server-key"]
 )
@@ -125,15 +123,13 @@ def as_client(own: Pair, server: Pair) -> list[str]:
 
 
 def let_in(context: Context, endpoint: str, server: Pair, *clients: KeyPair) -> list[bool]:
-    """Return for each key whether ``server`` lets a plain REQ socket with it in; they all try at the same time."""
+    """Return for each key whether ``server`` lets a plain REQ socket with it in, at once."""
     with ExitStack() as stack:
         monitors = []
         for own in clients:
             client = stack.enter_context(context.socket(zmq.REQ))
-            client.curve_publickey, client.curve_secretkey, client.curve_serverkey = (
-                *own,
-                server.key.public,
-            )
+            client.curve_publickey, client.curve_secretkey = own
+            client.curve_serverkey = server.key.public
             events = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
             monitors.append(stack.enter_context(client.get_monitor_socket(events)))
             stack.callback(client.disable_monitor)
@@ -184,8 +180,16 @@ def test_a_full_disk_leaves_no_half_of_a_key_behind(keys: Keys, tmp_path: Path, 
 
 
 @POSIX
-@pytest.mark.parametrize("mode", [0o640, 0o604, 0o660, 0o610, 0o602])
-def test_a_secret_key_that_others_may_use_is_refused_with_the_command_that_helps(
+@pytest.mark.parametrize(
+    "mode",
+    [
+        0o644,
+        0o660,
+        0o602,
+        pytest.param(0o640, marks=pytest.mark.skipif(IS_ROOT, reason="root's group may read")),
+    ],
+)
+def test_a_secret_key_that_others_may_use_is_refused_with_what_helps(
     tmp_path: Path, mode: int
 ) -> None:
     own = new_pair(tmp_path, "my own").secret
@@ -229,9 +233,8 @@ def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, option: list
 
 def test_one_half_in_place_of_the_other_is_refused_by_name(keys: Keys) -> None:
     secret, public = keys.alice
-    assert f"{secret} is a secret key; pass its public half, {public}" in refuse(
-        *SERVER_KEY, secret
-    )
+    advice = f"{secret} is a secret key; pass its public half, {public}"
+    assert advice in refuse(*SERVER_KEY, secret)
     assert f"{public} is a public key" in refuse(*SERVE_KEY, public)
 
 
@@ -253,14 +256,25 @@ def test_where_there_are_no_hard_links_a_key_is_created_all_the_same(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr("os.link", link)
-    public, _ = load_key_pair(str(tmp_path / "my.key_secret"))
-    assert zmq.auth.load_certificate(tmp_path / "my.key") == (public, None)
+    secret, public = tmp_path / "my.key_secret", tmp_path / "my.key"
+    result = CliRunner().invoke(cli, [*SERVE_KEY, str(secret)])
+    assert "created" in result.stderr
+    assert zmq.auth.load_certificate(public) == (zmq.auth.load_certificate(secret)[0], None)
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.skipif(
-    sys.platform == "win32" or os.geteuid() != 0, reason="needs root to give a file away"
-)
+AS_NOBODY = """\
+import importlib, os, pkgutil
+import zmqmsg
+for module in pkgutil.iter_modules(zmqmsg.__path__):
+    importlib.import_module(f"zmqmsg.{module.name}")  # which somebody else may not be able to read
+os.setegid(65534)
+os.seteuid(65534)
+zmqmsg.__main__.main()
+"""
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root to give a file away")
 @pytest.mark.parametrize(("mode", "accepted"), [(0o640, True), (0o660, False), (0o644, False)])
 def test_a_secret_key_that_root_has_mounted_for_our_group_is_accepted(
     keys: Keys, tmp_path: Path, mode: int, accepted: bool
@@ -270,16 +284,14 @@ def test_a_secret_key_that_root_has_mounted_for_our_group_is_accepted(
         directory.chmod(directory.stat().st_mode | 0o011)
     os.chown(keys.server.secret, 0, 65534)
     keys.server.secret.chmod(mode)
-    os.setegid(65534)
-    os.seteuid(65534)
-    try:
-        with (
-            nullcontext() if accepted else pytest.raises(click.UsageError, match="others may read")
-        ):
-            load_key_pair(str(keys.server.secret))
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, "send", *as_client(keys.server, keys.alice)],
+        stdin=subprocess.DEVNULL,  # there is nothing to send
+        capture_output=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == (0 if accepted else 2)
+    assert (b"others may read" in done.stderr) is not accepted
 
 
 # Key files of others
@@ -321,21 +333,15 @@ def test_key_files_of_others_serve_as_keys(
     theirs.public.write_text(public.format(*halves))
     theirs.secret.write_text(secret.format(*halves))
     theirs.secret.chmod(0o600)
-    shutil.copy(
-        theirs.public,
-        clients / (os.fsdecode(b"\xe9.key") if sys.platform == "linux" else "alice.key"),
-    )
+    name = os.fsdecode(b"\xe9.key") if sys.platform == "linux" else "alice.key"
+    shutil.copy(theirs.public, clients / name)
     server, endpoint = guarded("--verbose")
-    assert (
-        send("--connect", endpoint, *as_client(theirs, keys.server), "as a client").stdout
-        == b"as a client\n"
-    )
+    done = send("--connect", endpoint, *as_client(theirs, keys.server), "as a client")
+    assert done.stdout == b"as a client\n"
     server.wait_for_notice(r"request 1 from 127\.0\.0\.1 \(.*\.key\)")
-    _server, endpoint = serve("--key", str(theirs.secret), "--client-keys", str(theirs.public))
-    assert (
-        send("--connect", endpoint, *as_client(theirs, theirs), "as a server").stdout
-        == b"as a server\n"
-    )
+    _, endpoint = serve("--key", str(theirs.secret), "--client-keys", str(theirs.public))
+    done = send("--connect", endpoint, *as_client(theirs, theirs), "as a server")
+    assert done.stdout == b"as a server\n"
 
 
 # Which options go together
@@ -362,7 +368,7 @@ def test_what_is_missing_is_a_usage_error_that_names_it(
     words = {
         "K": f"{tmp_path / 'me.key'}_secret",
         "P": f"{tmp_path}/other.key",
-        "E": "tcp://127.0.0.1:5555",
+        "E": "tcp://192.0.2.1:1",
     }
     assert missing in refuse(*(words.get(word, word) for word in arguments.split()))
     assert list(tmp_path.iterdir()) == [], "wrong usage creates nothing"
@@ -371,23 +377,21 @@ def test_what_is_missing_is_a_usage_error_that_names_it(
 # The three steps
 
 
-def test_step_1_servers_that_create_one_key_at_once_talk_to_anyone_who_has_its_public_half(
+def test_step_1_servers_that_start_at_once_create_one_key(
     tmp_path: Path, start: Start, send: Send
 ) -> None:
+    """They talk to anyone who has its public half."""
     secret, public = tmp_path / "server.key_secret", tmp_path / "server.key"
-    servers = [
-        start("serve", "--bind", "tcp://127.0.0.1:*", "--count", "1", "--key", str(secret))
-        for _ in range(4)
-    ]
+    options = ["--bind", "tcp://127.0.0.1:*", "--count", "1", "--key", str(secret)]
+    servers = [start("serve", *options) for _ in range(4)]
     for server in servers:
         endpoint = server.wait_for_notice("listening on (.*)")[1]
         done = send("--connect", endpoint, "--server-key", str(public), "hello")
         assert (done.returncode, done.stdout, done.stderr) == (0, b"hello\n", b"")
         assert server.finish()[:2] == (0, b"hello\n")
     created = f"zmqmsg: created {secret}; give its public half, {public}, to your peers"
-    assert [notice for server in servers for notice in server.notices if "created" in notice] == [
-        created
-    ]
+    notices = [notice for server in servers for notice in server.notices]
+    assert [notice for notice in notices if "created" in notice] == [created]
     assert {path.name for path in tmp_path.iterdir()} == {"server.key_secret", "server.key"}
     assert sys.platform == "win32" or stat.S_IMODE(secret.stat().st_mode) == 0o600
 
@@ -423,14 +427,14 @@ def test_step_3_only_clients_whose_keys_are_in_the_directory_are_let_in(
         if is_known:
             shutil.copy(keys.alice.public, clients)
         done = send(*connect, "it is me")
-        assert (done.returncode, done.stdout, done.stderr) == (
-            (0, b"it is me\n", b"") if is_known else (1, b"", refused)
-        )
+        expected = (0, b"it is me\n", b"") if is_known else (1, b"", refused)
+        assert (done.returncode, done.stdout, done.stderr) == expected
         (clients / "alice.key").unlink(missing_ok=True)
     server.wait_for_notice(r"request 1 from 127.0.0.1 \(alice.key\): 1 frame, 8 bytes")
     status, output, notices = stop(server)
     assert (status, output) == (0, b"it is me\n")
-    refusal = f"refused a client from 127.0.0.1: its public key {keys.alice.key.public.decode()} is not known"
+    public = keys.alice.key.public.decode()
+    refusal = f"refused a client from 127.0.0.1: its public key {public} is not known"
     assert sum(refusal in notice for notice in notices) == 2
 
 
@@ -440,14 +444,9 @@ ONE_SIDE = "one side has keys, and the other has none"
 @pytest.mark.parametrize(
     ("with_key", "trusted", "at_client", "at_server"),
     [
-        (True, None, "{}: it requires CURVE; pass --server-key", ONE_SIDE),
-        (False, "server", "{}: it does not use CURVE: is it the right server?", ONE_SIDE),
-        (
-            True,
-            "stranger",
-            "waiting for {}: CURVE handshake failing; check --server-key, or the server cannot check clients just now",
-            "its --server-key is not the key of this server",
-        ),
+        (True, None, "it requires CURVE; pass --server-key", ONE_SIDE),
+        (False, "server", "it does not use CURVE", ONE_SIDE),
+        (True, "stranger", "CURVE handshake failing; check --server-key", "its --server-key"),
     ],
     ids=["server alone has a key", "client alone has a key", "wrong key"],
 )
@@ -461,13 +460,10 @@ def test_both_sides_say_why_a_handshake_fails(
     at_server: str,
 ) -> None:
     server, endpoint = serve("--verbose", *["--key", str(keys.server.secret)] * with_key)
-    client = start(
-        "send", "--connect", endpoint, *(of_server(getattr(keys, trusted)) if trusted else []), "x"
-    )
-    assert client.wait_for_notice("zmqmsg: (.*)")[1] == at_client.format(endpoint)
-    server.wait_for_notice(
-        f"a client from (127.0.0.1|an unknown address) did not get through: .*{at_server}"
-    )
+    options = of_server(getattr(keys, trusted)) if trusted else []
+    client = start("send", "--connect", endpoint, *options, "x")
+    client.wait_for_notice(f"{endpoint}: {at_client}")
+    server.wait_for_notice(f"a client from .* did not get through: .*{at_server}")
 
 
 # What changes while the server runs
@@ -494,7 +490,7 @@ def test_a_key_counts_from_the_next_handshake_on(
 
 
 @POSIX
-def test_a_file_that_is_no_public_key_is_told_of_once_and_everything_else_goes_on(
+def test_files_that_are_no_public_keys_are_told_of_once_and_let_nobody_in(
     context: Context, keys: Keys, clients: Path, guarded: Serve
 ) -> None:
     """A container's orchestrator mounts a directory by links to ``..data``, which are no keys."""
@@ -509,48 +505,40 @@ def test_a_file_that_is_no_public_key_is_told_of_once_and_everything_else_goes_o
     (clients / "alice.key").symlink_to("..data/alice.key")
     server, endpoint = guarded()
     shutil.copy2(keys.stranger.secret, clients)
+    both = keys.alice.key, keys.stranger.key
     for _ in range(3):
-        assert let_in(context, endpoint, keys.server, keys.alice.key, keys.stranger.key) == [
-            True,
-            False,
-        ]
-    told = re.findall(
-        f"{clients}/(\\S+) .*it lets nobody in$", "\n".join(stop(server)[2]), re.MULTILINE
-    )
+        assert let_in(context, endpoint, keys.server, *both) == [True, False]
+    notices = "\n".join(stop(server)[2])
+    told = re.findall(f"{clients}/(\\S+) .*it lets nobody in$", notices, re.MULTILINE)
     assert sorted(told) == ["device", "fifo", "inner", "stranger.key_secret", "text"]
 
 
-def test_a_key_file_that_is_half_written_lets_nobody_in(keys: Keys, clients: Path) -> None:
-    known = ClientKeys(str(clients))
-    text, public = keys.alice.public.read_text(), keys.alice.key.public
-    complete = text.index(public.decode()) + len(public) + len('"')
-    for length in range(len(text) + 1):
+def test_a_key_file_that_is_half_written_lets_nobody_in(
+    context: Context, keys: Keys, clients: Path, guarded: Serve
+) -> None:
+    _server, endpoint = guarded()
+    text, key = keys.alice.public.read_text(), keys.alice.key
+    complete = text.index(key.public.decode()) + len(key.public) + len('"')
+    for length in (0, complete - 20, complete - 1, complete):
         (clients / "alice.key").write_text(text[:length])
-        assert known.find(public) == ("alice.key" if length >= complete else None)
+        assert let_in(context, endpoint, keys.server, key) == [length == complete]
 
 
-def test_a_single_file_of_client_keys_may_change_and_go_as_well(keys: Keys, tmp_path: Path) -> None:
+def test_a_single_file_of_client_keys_may_change_and_go_as_well(
+    context: Context, keys: Keys, serve: Serve, tmp_path: Path
+) -> None:
     path = tmp_path / "client.key"
+    alice, bob = keys.alice.key, keys.stranger.key
     shutil.copy(keys.alice.public, path)
-    known = ClientKeys(str(path))
-    assert known.find(keys.alice.key.public) == "client.key"
+    _, endpoint = serve("--key", str(keys.server.secret), "--client-keys", str(path))
+    assert let_in(context, endpoint, keys.server, alice, bob) == [True, False]
     os.replace(shutil.copy(keys.stranger.public, tmp_path / "new"), path)
-    assert (known.find(keys.alice.key.public), known.find(keys.stranger.key.public)) == (
-        None,
-        "client.key",
-    )
+    assert let_in(context, endpoint, keys.server, alice, bob) == [False, True]
     path.unlink()
-    assert known.find(keys.stranger.key.public) is None
+    assert let_in(context, endpoint, keys.server, alice, bob) == [False, False]
 
 
-def find(known: ClientKeys, public: bytes) -> str | None:
-    """Return what is found; None also if that cannot be known just now."""
-    with suppress(OSError):
-        return known.find(public)
-    return None
-
-
-def test_clients_whose_keys_cannot_be_read_just_now_are_let_in_when_they_can(
+def test_clients_whose_keys_cannot_be_read_are_let_in_when_they_can(
     keys: Keys, clients: Path, guarded: Serve, start: Start
 ) -> None:
     shutil.copy(keys.alice.public, clients)
@@ -560,48 +548,27 @@ def test_clients_whose_keys_cannot_be_read_just_now_are_let_in_when_they_can(
     server.wait_for_notice("cannot read the client keys: ")
     client.wait_for_notice("cannot check clients just now")
     elsewhere.rename(clients)
-    assert client.finish(12)[:2] == (0, b"x\n")
+    assert client.finish()[:2] == (0, b"x\n")
     server.wait_for_notice("the client keys can be read again")
 
 
-@POSIX
+@LINUX
 def test_without_descriptors_nobody_is_let_in_who_was_known_before(
-    keys: Keys, clients: Path
+    keys: Keys, clients: Path, guarded: Serve, start: Start
 ) -> None:
-    """What cannot be known just now is no reason to let somebody in, nor to refuse somebody for good."""
-    for pair in (keys.alice, keys.server):
+    for pair in (keys.alice, keys.stranger):
         shutil.copy(pair.public, clients)
-    known = ClientKeys(str(clients))
-    server, alice, stranger = (pair.key.public for pair in keys)
+    server, endpoint = guarded()
     (clients / "alice.key").unlink()
-    shutil.copy(keys.stranger.public, clients)
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    free = os.dup(0)
-    os.close(free)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
-    try:
-        for public in (alice, stranger) * 3:
-            with pytest.raises(OSError, match=r"Too many open files|temporarily unavailable"):
-                known.find(public)
-        assert known.find(server) == "server.key", "its file is unchanged"
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    until(lambda: find(known, stranger) == "stranger.key")
-    assert known.find(alice) is None
-
-
-@pytest.mark.parametrize(
-    "name", ["999.key", pytest.param(None, marks=POSIX)], ids=["known", "unknown"]
-)
-def test_a_key_is_looked_up_among_1000_in_a_millisecond(clients: Path, name: str | None) -> None:
-    for number in range(1000):
-        public = zmq.curve_keypair()[0]
-        (clients / f"{number}.key").write_bytes(public)
-    known = ClientKeys(str(clients))
-    started = time.monotonic()
-    for _ in range(1000):
-        assert known.find(public if name else b"?" * 40) == name
-    assert time.monotonic() - started < 2, "it would be milliseconds for each, if each were a scan"
+    one_client = descriptors(server.pid) + 1
+    _, hard = resource.prlimit(server.pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (one_client, hard))
+    client = start("send", "--connect", endpoint, *as_client(keys.alice, keys.server), "x")
+    server.wait_for_notice("cannot read the client keys: Too many open files")
+    resource.prlimit(server.pid, resource.RLIMIT_NOFILE, (256, hard))
+    status, output, notices = client.finish()
+    assert (status, output) == (1, b"")
+    assert "the server does not know this key" in notices[-1]
 
 
 # Strangers
@@ -609,7 +576,7 @@ def test_a_key_is_looked_up_among_1000_in_a_millisecond(clients: Path, name: str
 
 @LINUX
 @pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=soak)])
-def test_however_many_strangers_are_refused_clients_are_let_in_and_memory_and_notices_stay_bounded(
+def test_refused_strangers_cost_little_memory_and_few_notices(
     context: Context, keys: Keys, clients: Path, guarded: Serve, count: int
 ) -> None:
     shutil.copy(keys.alice.public, clients)
@@ -624,7 +591,7 @@ def test_however_many_strangers_are_refused_clients_are_let_in_and_memory_and_no
     assert memory(server.pid) - before < 8192, "KiB"
     notices = stop(server)[2]
     assert sum(keys.stranger.key.public.decode() in notice for notice in notices) == 1
-    assert 10 < len(notices) < 30
+    assert 10 < len(notices) < 60
     assert any("further refusals" in notice for notice in notices)
 
 
@@ -667,113 +634,67 @@ def test_nothing_that_a_stranger_says_reaches_the_server(
     server, endpoint = serve("--key", str(keys.server.secret), *options)
     for words in BY_HAND.values():
         assert LET_ME_IN not in answer(endpoint, *words)
-    strangers = [
-        [],
-        of_server(keys.stranger),
-        as_client(keys.alice, keys.stranger),
-        *[of_server(keys.server), as_client(keys.stranger, keys.server)] * with_client_keys,
-    ]
+    strangers = [[], of_server(keys.stranger), as_client(keys.alice, keys.stranger)]
+    if with_client_keys:
+        strangers += [of_server(keys.server), as_client(keys.stranger, keys.server)]
     connect = ["send", "--connect", endpoint]
     for stranger in [start(*connect, "--timeout", "0.7", *wrong, LET_ME_IN) for wrong in strangers]:
         assert stranger.finish()[:2] == (1, b"")
-    assert (
-        start(*connect, *as_client(keys.alice, keys.server), "it is me").finish()[1]
-        == b"it is me\n"
-    )
+    client = start(*connect, *as_client(keys.alice, keys.server), "it is me")
+    assert client.finish()[1] == b"it is me\n"
     assert stop(server)[:2] == (0, b"it is me\n")
-
-
-def zap_request(
-    credentials: bytes, mechanism: bytes = b"CURVE", source: bytes = b"127.0.0.1"
-) -> list[bytes]:
-    return [b"1.0", b"7", b"zmqmsg", source, b"", mechanism, credentials]
-
-
-def test_a_malformed_zap_request_lets_nobody_in(keys: Keys) -> None:
-    context: Context = zmq.Context()
-    start_zap_handler(context, ClientKeys(str(keys.alice.public)))
-    zap = context.socket(zmq.REQ)
-    zap.rcvtimeo = LIMIT * 1000
-    zap.connect("inproc://zeromq.zap.01")
-    known, unknown = z85.decode(keys.alice.key.public), bytes(32)
-    for refused in [
-        [b""],
-        [b"1.0"],
-        zap_request(known)[:6],
-        zap_request(known[:31]),
-        zap_request(known + b"\0"),
-        zap_request(b""),
-        zap_request(unknown, source=b"\xff"),
-        zap_request(known, b"PLAIN"),
-        [*zap_request(b"admin", b"PLAIN"), b"admin"],
-        zap_request(b"", b"NULL"),
-    ]:
-        zap.send_multipart(refused)
-        assert zap.recv_multipart()[2] == b"400"
-    zap.send_multipart(zap_request(known))
-    assert zap.recv_multipart() == [b"1.0", b"7", b"200", b"OK", b"alice.key", b""]
-    zap.close()
-    context.term()  # which the handler's own socket does not keep from ending
 
 
 # Workers
 
 
-def curve_server(key: KeyPair, workers: Path | None = None) -> Callable[[Socket], None]:
-    """Return what lets a broker use ``key``, and know the public keys of its ``workers``."""
+@contextmanager
+def curve_broker(key: KeyPair, workers: Path | None = None) -> Iterator[tuple[str, str]]:
+    """Run a broker with ``key``, which lets in all, or those in the directory ``workers`` alone."""
+    with ExitStack() as stack:
 
-    def secure(bound: Socket) -> None:
-        bound.curve_server = True
-        bound.curve_secretkey = key.secret
-        if workers and bound.type == zmq.DEALER:
-            start_zap_handler(bound.context, ClientKeys(str(workers)))
-            bound.zap_domain = b"workers"
+        def secure(bound: Socket) -> None:
+            bound.curve_server = True
+            bound.curve_secretkey = key.secret
+            if workers and bound.type == zmq.DEALER:  # once, for both sockets of the context
+                authenticator = ThreadAuthenticator(bound.context)
+                authenticator.start()
+                stack.callback(authenticator.stop)
+                authenticator.configure_curve(location=str(workers))
 
-    return secure
+        with broker(secure=secure) as ends, closing(stack):
+            yield ends
 
 
 def test_a_worker_serves_an_encrypted_broker_without_a_key_of_its_own(
     keys: Keys, start: Start, send: Send
 ) -> None:
-    with broker(secure=curve_server(keys.server.key)) as (front, back):
+    with curve_broker(keys.server.key) as (front, back):
         worker = start("serve", "--connect", back, *of_server(keys.server), "--count", "1")
         assert send("--connect", front, *of_server(keys.server), "hello").stdout == b"hello\n"
         assert worker.finish()[:2] == (0, b"hello\n")
 
 
 @POSIX
-def test_one_server_with_a_key_from_a_pipe_has_clients_of_its_own_and_those_of_a_broker_that_knows_it(
-    keys: Keys, tmp_path: Path, start: Start, send: Send
+def test_one_server_has_clients_of_its_own_and_a_broker_that_knows_it(
+    keys: Keys, clients: Path, tmp_path: Path, start: Start, send: Send
 ) -> None:
-    """As of ``--key <(pass show server)``, which can be read once only."""
+    """Its key comes from a pipe, as of ``--key <(pass show server)``: it can be read only once."""
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo, 0o600)
-    with broker(secure=curve_server(keys.stranger.key, keys.server.public)) as (front, back):
+    shutil.copy(keys.server.public, clients)
+    with curve_broker(keys.stranger.key, workers=clients) as (front, back):
         connect = ["serve", "--connect", back, *of_server(keys.stranger)]
-        status, _, notices = start(*connect).finish()
-        assert (status, notices) == (
-            1,
-            [f"zmqmsg: {back}: it refused: the server does not know this key"],
-        )
-        own = [
-            "--bind",
-            "tcp://127.0.0.1:*",
-            "--key",
-            str(fifo),
-            "--client-keys",
-            str(keys.alice.public),
-        ]
-        server = start(*connect, *own, "--count", "2", "--exec", "tr a-z A-Z")
+        refused = f"zmqmsg: {back}: it refused: the server does not know this key"
+        assert start(*connect).finish() == (1, b"", [refused])
+        bind = ["--bind", "tcp://127.0.0.1:*", "--client-keys", str(keys.alice.public)]
+        answer = ["--key", str(fifo), "--exec", "tr a-z A-Z", "--count", "2"]
+        server = start(*connect, *bind, *answer)
         fifo.write_bytes(keys.server.secret.read_bytes())
         endpoint = server.wait_for_notice("listening on (.*)")[1]
-        assert (
-            send("--connect", endpoint, *as_client(keys.alice, keys.server), "direct").stdout
-            == b"DIRECT\n"
-        )
-        assert (
-            send("--connect", front, *as_client(keys.server, keys.stranger), "indirect").stdout
-            == b"INDIRECT\n"
-        )
+        direct = send("--connect", endpoint, *as_client(keys.alice, keys.server), "direct")
+        indirect = send("--connect", front, *as_client(keys.server, keys.stranger), "indirect")
+        assert (direct.stdout, indirect.stdout) == (b"DIRECT\n", b"INDIRECT\n")
         assert server.finish()[:2] == (0, b"direct\nindirect\n")
 
 
