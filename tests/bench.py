@@ -1,518 +1,277 @@
-"""Measures zmqmsg side by side with plain loops, and prints one table: bench.py [--full] [WORD]...
+"""Compare zmqmsg with plain loops, side by side: ``python tests/bench.py [NAME]...``.
 
-Each WORD chooses the rows whose name contains it. The sides of a row take turns, in changing order; a ratio is the
-median of those of the single rounds. ``--full`` streams a million messages. Needs Linux.
+Each NAME is one of those at the end of this file; without any, all are measured. The two sides of a
+line take turns, so that both meet the same load. A figure is the median of all rounds, with the
+least and the greatest; the ratio is the median of the ratios of the rounds. Needs Linux.
 """
 
-import compileall
 import os
 import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
-from typing import Any, NamedTuple, TypeVar
+from tempfile import TemporaryFile
+from typing import IO, NamedTuple
 
 import zmq
-from zmq.auth import create_certificates
 
+from conftest import LIMIT, address
 from zmtp import greeting, ready, request
 
-T = TypeVar("T")
-Process = subprocess.Popen[bytes]
-Results = Iterator["Result"]
+MESSAGES = 8000  # of a stream
+LARGE = bytes(64 << 20)
 
-LIMIT = 900  # seconds after which a row will not end
+ZMQMSG = [sys.executable, "-m", "zmqmsg"]
+SEND = [*ZMQMSG, "send", "--connect"]
+SERVE = [*ZMQMSG, "serve", "--bind", "tcp://127.0.0.1:*"]
 
-ROUNDS = 5
-MESSAGES = 8000
-STREAM = 1_000_000 if "--full" in sys.argv else 100_000
-LARGE = 64 << 20
-STEADY = 1.4
-"""The greatest of the other side's figures over the least, from which on the machine is too loaded for a judgement."""
-
-_folder = TemporaryDirectory(prefix="zmqmsg-bench-")
-FOLDER = Path(_folder.name)
-
-SEND: list[object] = [sys.executable, "-m", "zmqmsg", "send", "--connect"]
-SERVE: list[object] = [sys.executable, "-m", "zmqmsg", "serve", "--bind", "tcp://127.0.0.1:*"]
-QUIET = [*SERVE, "--quiet"]
-
-ECHO_SOURCE = """
+REP_LOOP = """
 import sys, zmq
-s = zmq.Context().socket(zmq.REP)
-s.bind("tcp://127.0.0.1:*")
-print("listening on", s.last_endpoint.rstrip(bytes(1)).decode(), file=sys.stderr, flush=True)
+socket = zmq.Context().socket(zmq.REP)
+socket.bind("tcp://127.0.0.1:*")
+print("listening on", socket.last_endpoint.rstrip(bytes(1)).decode(), file=sys.stderr, flush=True)
 while True:
-    s.send(s.recv())
+    socket.send(socket.recv())
 """
-ECHO = [sys.executable, "-c", ECHO_SOURCE]
-ZERO_COPY = "s.send_multipart(s.recv_multipart(copy=False), copy=False)"
-ZERO_COPY_ECHO = [sys.executable, "-c", ECHO_SOURCE.replace("s.send(s.recv())", ZERO_COPY)]
-LOOP = """
+ECHO = [sys.executable, "-c", REP_LOOP]
+WITHOUT_COPIES = "socket.send(socket.recv(copy=False), copy=False)"
+LARGE_ECHO = [sys.executable, "-c", REP_LOOP.replace("socket.send(socket.recv())", WITHOUT_COPIES)]
+REQ_LOOP = """
 import sys, zmq
-s = zmq.Context().socket(zmq.REQ)
-s.connect(sys.argv[1])
+socket = zmq.Context().socket(zmq.REQ)
+socket.connect(sys.argv[1])
 for line in sys.stdin.buffer:
-    s.send(line[:-1])
-    sys.stdout.buffer.write(s.recv() + b"\\n")
+    socket.send(line[:-1])
+    sys.stdout.buffer.write(socket.recv() + b"\\n")
     sys.stdout.buffer.flush()
-"""
-LOOP_IN_C = r"""
-#include <stdio.h>
-#include <zmq.h>
-int main(int argc, char **argv) {
-    void *socket = zmq_socket(zmq_ctx_new(), ZMQ_REQ);
-    char *line = NULL, reply[64];
-    size_t room = 0;
-    int size;
-    zmq_connect(socket, argv[argc - 1]);
-    while ((size = getline(&line, &room, stdin)) > 0) {
-        zmq_send(socket, line, size - 1, 0);
-        size = zmq_recv(socket, reply, sizeof reply - 1, 0);
-        reply[size] = '\n';
-        fwrite(reply, 1, size + 1, stdout);
-        fflush(stdout);
-    }
-}
 """
 BARE_SCRIPT = """
 import click, zmq
 @click.command()
+@click.argument("endpoint")
 @click.argument("message")
-def main(message):
-    s = zmq.Context().socket(zmq.REQ)
-    s.connect("ENDPOINT")
-    s.send(message.encode())
-    click.echo(s.recv())
+def main(endpoint, message):
+    socket = zmq.Context().socket(zmq.REQ)
+    socket.connect(endpoint)
+    socket.send(message.encode())
+    click.echo(socket.recv())
 main()
 """
 
-# By hand, so that hundreds of clients cost one thread, and no time of libzmq's.
-GREETING = greeting()
-READY = ready(b"REQ")
-REQUEST = request(b"hello")
+Command = list[str]
+Side = Callable[[], float]
 
 
-class Result(NamedTuple):
-    """One line of the table: figures of zmqmsg and of what it is compared with, one of each round.
+class Line(NamedTuple):
+    """One line of the table: the figures of zmqmsg and of the other side, one of each round."""
 
-    ``limit`` begins with <= or >=. It is one for the ratio, or, where it ends in the unit, for zmqmsg's own figure.
-    ``part`` goes after the name of the row.
-    """
-
+    work: str
     unit: str
-    ours: Sequence[float]
-    against: str = ""
-    theirs: Sequence[float] = ()
-    limit: str = ""
-    part: str = ""
+    ours: list[float]
+    against: str
+    theirs: list[float]
 
-    def columns(self) -> tuple[str, ...]:
-        """Return what stands in the table from the unit on."""
-        ratio = median(map(float.__truediv__, self.ours, self.theirs)) if self.theirs else 0
-        figure = median(self.ours) if self.limit.endswith(self.unit) else ratio
-        bound = float(self.limit.split()[1]) if self.limit else 0
-        missed = bool(self.limit) and (
-            figure > bound if self.limit.startswith("<=") else figure < bound
-        )
-        shown = f"{ratio:.2f}" if self.theirs else ""
-        loaded = bool(self.theirs) and max(self.theirs) > STEADY * min(self.theirs)
-        limit = self.limit + (" not judged: loaded machine" if loaded else " missed") * missed
-        return self.unit, describe(self.ours), self.against, describe(self.theirs), shown, limit
+    def __str__(self) -> str:
+        ratio = median(map(float.__truediv__, self.ours, self.theirs))
+        ours, theirs = f"{show(self.ours)} {self.unit}", f"{show(self.theirs)} {self.unit}"
+        return f"{self.work:36} {ours:34} {self.against:16} {theirs:34} {ratio:6.2f}"
 
 
-def describe(figures: Sequence[float]) -> str:
-    """Return the median, and the least and the greatest."""
-    digits = max(0, 3 - len(f"{median(figures):.0f}")) if figures else 0
-    shown = (
-        [f"{figure:.{digits}f}" for figure in (median(figures), min(figures), max(figures))]
-        if figures
-        else [""]
-    )
-    return "{} ({} - {})".format(*shown) if len(figures) > 1 else shown[0]
+Lines = Iterator[Line]
 
 
-def take_turns(*sides: Callable[[], T], rounds: int = ROUNDS) -> list[list[T]]:
-    """Run all ``sides`` in each round, every other one backwards, and return what each gave."""
-    gave: list[list[T]] = [[] for _ in sides]
+def show(figures: list[float]) -> str:
+    """Return the median, the least and the greatest."""
+    digits = 0 if median(figures) >= 100 else 2
+    middle, least, most = (f"{f(figures):.{digits}f}" for f in (median, min, max))
+    return f"{middle} ({least} to {most})" if len(figures) > 1 else middle
+
+
+def take_turns(*sides: Side, rounds: int = 5) -> list[list[float]]:
+    """Run all ``sides`` in each round, every other round backwards, and return what each gave."""
+    figures: list[list[float]] = [[] for _ in sides]
     for number in range(rounds):
-        for index in range(len(sides))[:: -1 if number % 2 else 1]:
-            gave[index].append(sides[index]())
-    return gave
+        order = list(zip(figures, sides, strict=True))
+        for column, side in reversed(order) if number % 2 else order:
+            column.append(side())
+    return figures
 
 
 @contextmanager
-def running(command: Sequence[object], **streams: Any) -> Iterator[Process]:
-    """Run a process for the time of the context."""
-    options: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL} | streams
-    with subprocess.Popen([*map(str, command)], **options) as process:
+def serving(command: Command, stdout: int | IO[bytes] = subprocess.DEVNULL) -> Iterator[str]:
+    """Run a server for the time of the context, which gets its endpoint."""
+    with subprocess.Popen(command, stdout=stdout, stderr=subprocess.PIPE) as process:
         try:
-            yield process
+            assert process.stderr
+            line = next(line for line in process.stderr if b"listening on" in line)
+            yield line.split()[-1].decode()
         finally:
             process.kill()
 
 
-@contextmanager
-def serving(command: Sequence[object], **streams: Any) -> Iterator[tuple[str, Process]]:
-    """Run a server for the time of the context, which gets its endpoint as well."""
-    with running(command, stderr=subprocess.PIPE, **streams) as process:
-        assert process.stderr
-        yield (
-            next(line.split()[-1].decode() for line in process.stderr if b"listening on" in line),
-            process,
-        )
+# send
 
 
-def find_free_endpoint() -> str:
-    """Return an endpoint where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return f"tcp://127.0.0.1:{server.getsockname()[1]}"
+def bench_start() -> Lines:
+    """A whole process for a single message: its time, and its instructions."""
+    with serving(ECHO) as endpoint:
+        ours, bare = [*SEND, endpoint, "hi"], [sys.executable, "-c", BARE_SCRIPT, endpoint, "hi"]
+        sides = partial(time_process, ours), partial(time_process, bare)
+        columns = take_turns(*sides, rounds=21)
+        yield Line("send hi", "ms", columns[0], "bare script", columns[1])
+        if shutil.which("valgrind"):
+            columns = [[count_instructions(command)] for command in (ours, bare)]
+            yield Line("send hi", "million instr.", columns[0], "bare script", columns[1])
 
 
-def time_run(command: Sequence[object], lines: bytes = b"") -> float:
-    """Return the milliseconds of a whole process, which is fed ``lines`` and prints them to a file."""
-    with open(FOLDER / "replies", "w+b") as file:
+def bench_stream() -> Lines:
+    """The time for each message of a stream, on all processors and on a single one."""
+    with serving(ECHO) as endpoint:
+        plain, quoted = [*SEND, endpoint], [*SEND, endpoint, "--quoted"]
+        loop = [sys.executable, "-c", REQ_LOOP, endpoint]
+        columns = take_turns(*(partial(time_message, side) for side in (plain, quoted, loop)))
+        yield Line("seq N | send", "µs", columns[0], "pyzmq loop", columns[2])
+        yield Line("seq N | send --quoted", "µs", columns[1], "without", columns[0])
+    processors = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(processors)})
+    try:
+        with serving(ECHO) as endpoint:
+            plain, loop = [*SEND, endpoint], [sys.executable, "-c", REQ_LOOP, endpoint]
+            columns = take_turns(*(partial(time_message, side) for side in (plain, loop)))
+            yield Line("seq N | send, on one core", "µs", columns[0], "pyzmq loop", columns[1])
+    finally:
+        os.sched_setaffinity(0, processors)
+
+
+def time_process(command: Command, lines: bytes = b"") -> float:
+    """Return the milliseconds of a whole process, which is fed ``lines``."""
+    with TemporaryFile() as replies:
         started = time.perf_counter()
-        subprocess.run([*map(str, command)], input=lines, stdout=file, check=True)
+        subprocess.run(command, input=lines, stdout=replies, check=True)
         taken = time.perf_counter() - started
-        file.seek(0)
-        assert not lines or file.read() == lines, f"{command} printed something else"
+        replies.seek(0)
+        assert not lines or replies.read() == lines, f"{command} printed something else"
     return taken * 1000
 
 
-def time_message(command: Sequence[object]) -> float:
-    """Return the microseconds that a sender takes for one message, its start-up taken out."""
-    few, many = (
-        b"".join(b"%d\n" % number for number in range(size)) for size in (100, 100 + MESSAGES)
-    )
-    start_up = time_run(command, few)
-    return (time_run(command, many) - start_up) * 1000 / MESSAGES
+def time_message(command: Command) -> float:
+    """Return the microseconds for one message of a stream, without the start of the process."""
+    few, many = (b"".join(b"%d\n" % n for n in range(size)) for size in (100, 100 + MESSAGES))
+    start = time_process(command, few)
+    return (time_process(command, many) - start) * 1000 / MESSAGES
 
 
-def measure_message() -> Results:
-    source = FOLDER / "loop.c"
-    source.write_text(LOOP_IN_C)
-    compiler = shutil.which("cc") or "false"
-    compiled = subprocess.run(
-        [compiler, "-O2", "-o", FOLDER / "loop", source, "-lzmq"], capture_output=True
-    )
-    with serving(ECHO) as (endpoint, _):
-        sides: list[list[object]] = [
-            [*SEND, endpoint],
-            [sys.executable, "-c", LOOP, endpoint],
-            [FOLDER / "loop", endpoint],
-        ]
-        if compiled.returncode:
-            del sides[2:]
-        ours, theirs, *in_c = take_turns(*(partial(time_message, side) for side in sides))
-    alone = len(os.sched_getaffinity(0)) == 1
-    yield Result("µs", ours, "pyzmq loop", theirs, "<= 1.10" if alone else "<= 0.75")
-    for column in in_c:
-        yield Result("µs", ours, "C loop", column, "" if alone else "<= 0.80")
-    if not in_c:
-        yield Result("µs", [], "C loop: skipped, no compiler or zmq.h")
-
-
-def measure_message_on_one_core() -> Results:
-    cores = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {min(cores)})
-    try:
-        yield from measure_message()
-    finally:
-        os.sched_setaffinity(0, cores)
-
-
-def measure_message_with_curve() -> Results:
-    for name in "server", "client":
-        create_certificates(FOLDER, name)
-        (FOLDER / f"{name}.key_secret").chmod(0o600)
-    server = ["--key", FOLDER / "server.key_secret", "--client-keys", FOLDER / "client.key"]
-    client = ["--key", FOLDER / "client.key_secret", "--server-key", FOLDER / "server.key"]
-    with serving([*QUIET, *server]) as (keyed, _), serving(QUIET) as (plain, _):
-        sides = [*SEND, keyed, *client], [*SEND, plain]
-        ours, theirs = take_turns(*(partial(time_message, side) for side in sides))
-    yield Result("µs", ours, "without", theirs)
-
-
-def measure_quoted_message() -> Results:
-    with serving(ECHO) as (endpoint, _):
-        sides: list[list[object]] = [[*SEND, endpoint, "--quoted"], [*SEND, endpoint]]
-        ours, theirs = take_turns(*(partial(time_message, side) for side in sides))
-    yield Result("µs", ours, "without", theirs, "<= 1.15")
-
-
-def measure_reply() -> Results:
-    sides = (
-        partial(count_requests, [*QUIET, *options], 16) for options in (["--reply", "hello"], [])
-    )
-    ours, theirs = take_turns(*sides, rounds=9)
-    yield Result("requests/s", ours, "echo", theirs, ">= 0.95")
-
-
-def measure_programs() -> Results:
-    commands = [[*QUIET, "--exec", "cat"], [*QUIET, "--filter", "cat"], QUIET]
-    with ExitStack() as stack:
-        endpoints = [stack.enter_context(serving(command))[0] for command in commands]
-        for_each, filtered, echo = take_turns(
-            *(partial(time_request, endpoint) for endpoint in endpoints)
-        )
-    yield Result("ms", for_each, "echo", echo, part="--exec cat")
-    yield Result("ms", filtered, "echo", echo, "<= 0.3 ms", part="--filter cat")
-    yield Result("ms", filtered, "--exec cat", for_each, part="--filter cat")
-
-
-def time_request(endpoint: str, count: int = 50) -> float:
-    """Return the milliseconds of a request and its reply."""
-    with zmq.Context() as context, context.socket(zmq.REQ) as client:
-        client.linger = 0
-        client.connect(endpoint)
-        for number in range(count + 1):
-            if number == 1:
-                started = time.perf_counter()
-            client.send(b"hello")
-            assert client.recv() == b"hello"
-        return (time.perf_counter() - started) * 1000 / count
-
-
-def measure_start() -> Results:
-    script = Path(sys.executable).with_name("zmqmsg")
-    nngcat, free = shutil.which("nngcat"), find_free_endpoint()
-    with (
-        serving(ECHO) as (endpoint, _),
-        running([nngcat or "true", "--rep", "--listen", free, "--data", "hi"]),
-    ):
-        (FOLDER / "bare.py").write_text(BARE_SCRIPT.replace("ENDPOINT", endpoint))
-        sides = [
-            [*([script] if script.exists() else SEND[:3]), *SEND[3:], endpoint, "hi"],
-            [sys.executable, FOLDER / "bare.py", "hi"],
-            [nngcat or "true", "--req", "--dial", free, "--data", "hi", "--raw"],
-        ]
-        ours, bare, nng = take_turns(*(partial(time_run, side) for side in sides), rounds=21)
-    yield Result("ms", ours, "bare script", bare, "<= 1.05", part=", whole process")
-    if nngcat:
-        yield Result("ms", ours, "nngcat", nng, part=", whole process")
-
-
-def measure_instructions() -> Results:
-    if not shutil.which("valgrind"):
-        return
-    with serving(ECHO) as (endpoint, _):
-        (FOLDER / "bare.py").write_text(BARE_SCRIPT.replace("ENDPOINT", endpoint))
-        bare = count_instructions([sys.executable, FOLDER / "bare.py", "hi"])
-        yield Result(
-            "million",
-            [count_instructions([*SEND, endpoint, "hi"])],
-            "bare script",
-            [bare],
-            "<= 1.00",
-        )
-    yield Result(
-        "million",
-        [count_instructions([*SEND[:3], "send", "--help"])],
-        "bare script",
-        [bare],
-        part=" (--help)",
-    )
-
-
-def count_instructions(command: Sequence[object]) -> float:
-    """Return the millions of instructions that a process takes, of which some vary with the hashes of strings."""
-    valgrind = [
-        "valgrind",
-        "--tool=callgrind",
-        f"--callgrind-out-file={FOLDER}/callgrind",
-        *map(str, command),
-    ]
-    done = subprocess.run(
-        valgrind, capture_output=True, env=os.environ | {"PYTHONHASHSEED": "0"}, check=True
-    )
+def count_instructions(command: Command) -> float:
+    """Return the millions of instructions of a process."""
+    environment = os.environ | {"PYTHONHASHSEED": "0"}  # or they vary
+    valgrind = ["valgrind", "--tool=callgrind", "--callgrind-out-file=/dev/null", *command]
+    done = subprocess.run(valgrind, capture_output=True, env=environment, check=True)
     return int(done.stderr.partition(b"Collected : ")[2].split()[0]) / 1e6
 
 
-def measure_serve(clients: int, quiet: bool) -> Results:
-    sides = (
-        partial(count_requests, command, clients) for command in (QUIET if quiet else SERVE, ECHO)
-    )
-    ours, theirs = take_turns(*sides, rounds=9)
-    yield Result("requests/s", ours, "bare loop", theirs, ">= 0.95" if quiet else ">= 0.85")
+# serve
 
 
-def count_requests(command: Sequence[object], clients: int, seconds: float = 0.3) -> float:
-    """Return how many requests a second a new server answers, each client waiting for its reply.
+def bench_serve() -> Lines:
+    """How many requests per second are answered, if each client waits for its reply."""
+    for options, clients in [(["--quiet"], 1), (["--quiet"], 256), ([], 256)]:
+        sides = (partial(count_requests, side, clients) for side in ([*SERVE, *options], ECHO))
+        ours, theirs = take_turns(*sides, rounds=9)
+        work = f"serve {options[0] if options else '> file'}, clients: {clients}"
+        yield Line(work, "requests/s", ours, "bare loop", theirs)
 
-    New, since the rates of two processes of the same program differ by a tenth as long as they run.
+
+def bench_large() -> Lines:
+    """The time of a large message to a server and back."""
+    sides = (partial(time_large, side) for side in ([*SERVE, "--quiet"], LARGE_ECHO))
+    ours, theirs = take_turns(*sides)
+    yield Line("serve --quiet, 64 MiB", "ms", ours, "zero-copy loop", theirs)
+
+
+def bench_programs() -> Lines:
+    """The time of a request that a command, or a filter, answers."""
+    quiet = [*SERVE, "--quiet"]
+    commands = [*quiet, "--exec", "cat"], [*quiet, "--filter", "cat"], quiet
+    with ExitStack() as stack:
+        endpoints = [stack.enter_context(serving(command)) for command in commands]
+        columns = take_turns(*(partial(time_request, endpoint) for endpoint in endpoints))
+    yield Line("serve --exec cat", "ms", columns[0], "the echo", columns[2])
+    yield Line("serve --filter cat", "ms", columns[1], "the echo", columns[2])
+
+
+def count_requests(command: Command, clients: int, seconds: float = 0.3) -> float:
+    """Return how many requests per second a new server answers.
+
+    The clients are plain TCP connections, so that hundreds of them cost little. The server is a new
+    one, since the rates of two processes of the same program differ by a tenth as long as they run.
     """
     with ExitStack() as stack:
-        file = stack.enter_context(open(FOLDER / "requests", "wb"))
-        endpoint, _ = stack.enter_context(serving(command, stdout=file))
+        printed = stack.enter_context(TemporaryFile())
+        endpoint = stack.enter_context(serving(command, stdout=printed))
         poll = stack.enter_context(select.epoll())
+        hello = request(b"hello")
         sockets = {}
         for _ in range(clients):
-            client = stack.enter_context(
-                socket.create_connection(("127.0.0.1", endpoint.split(":")[-1]))
-            )
+            client = stack.enter_context(socket.create_connection(address(endpoint)))
             client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            client.sendall(GREETING + READY)
-            size = client.recv(len(GREETING) + 2, socket.MSG_WAITALL)[-1]
+            client.sendall(greeting() + ready(b"REQ"))
+            size = client.recv(len(greeting()) + 2, socket.MSG_WAITALL)[-1]
             client.recv(size, socket.MSG_WAITALL)
             poll.register(client, select.EPOLLIN)
             sockets[client.fileno()] = client
-            client.sendall(REQUEST)
+            client.sendall(hello)
         replies, started = 0, time.perf_counter()
         while (taken := time.perf_counter() - started) < seconds:
-            ready = poll.poll()
-            for number, _event in ready:
-                assert sockets[number].recv(len(REQUEST), socket.MSG_WAITALL) == REQUEST
-                sockets[number].sendall(REQUEST)
-            replies += len(ready)
+            readable = poll.poll(LIMIT)
+            for number, _event in readable:
+                assert sockets[number].recv(len(hello), socket.MSG_WAITALL) == hello
+                sockets[number].sendall(hello)
+            replies += len(readable)
     return replies / taken
 
 
-def measure_large() -> Results:
-    with open(FOLDER / "requests", "wb") as file:
-        sides = (partial(echo_large, command, file) for command in (QUIET, SERVE, ZERO_COPY_ECHO))
-        quiet, printed, bare = (list(zip(*side, strict=True)) for side in take_turns(*sides))
-    for ours, part, limit in (quiet, ", --quiet", "<= 1.10"), (printed, ", > file", ""):
-        yield Result("ms", ours[0], "zero-copy loop", bare[0], limit, part)
-        yield Result(
-            "messages",
-            ours[1],
-            "zero-copy loop",
-            bare[1],
-            "<= 1.5 messages",
-            part + ", peak memory",
-        )
+def time_large(command: Command) -> float:
+    """Return the milliseconds of a large message to a new server and back."""
+    with serving(command) as endpoint:
+        return time_request(endpoint, LARGE, count=1)
 
 
-def echo_large(command: Sequence[object], file: Any) -> tuple[float, float]:
-    """Return the milliseconds of a large message to a server and back, and the messages of memory that it took."""
-    with (
-        serving(command, stdout=file) as (endpoint, server),
-        zmq.Context() as context,
-        context.socket(zmq.REQ) as client,
-    ):
+def time_request(endpoint: str, message: bytes = b"hello", count: int = 50) -> float:
+    """Return the milliseconds from a request to its reply, after a first one."""
+    with zmq.Context() as context, context.socket(zmq.REQ) as client:
         client.linger = 0
+        client.rcvtimeo = LIMIT * 1000
         client.connect(endpoint)
-
-        def ask(request: bytes) -> float:
-            started = time.perf_counter()
-            client.send(request, copy=False)
-            client.recv(copy=False)
-            return (time.perf_counter() - started) * 1000
-
-        ask(b"hi")
-        idle = read_memory(server, "VmRSS")
-        taken = ask(bytes(LARGE))
-        ask(b"hi")  # answered only when the large one is printed
-        return taken, (read_memory(server, "VmHWM") - idle) * 1024 / LARGE
+        client.send(b"first")
+        client.recv()
+        started = time.perf_counter()
+        for _ in range(count):
+            client.send(message, copy=False)
+            assert len(client.recv(copy=False)) == len(message)
+        return (time.perf_counter() - started) * 1000 / count
 
 
-def read_memory(process: Process, field: str) -> int:
-    """Return a field of a process's status, in KiB."""
-    return int(Path(f"/proc/{process.pid}/status").read_text().split(f"{field}:")[1].split()[0])
-
-
-def measure_stream() -> Results:
-    line, replies = b"hello there\n", FOLDER / "replies"
-    with (
-        open(FOLDER / "requests", "wb") as requests,
-        open(replies, "wb") as file,
-        ExitStack() as stack,
-    ):
-        endpoint, server = stack.enter_context(serving(SERVE, stdout=requests))
-        sender = stack.enter_context(running([*SEND, endpoint], stdin=subprocess.PIPE, stdout=file))
-
-        def feed(size: int, total: int) -> list[int]:
-            assert sender.stdin
-            sender.stdin.write(line * size)
-            sender.stdin.flush()
-            while replies.stat().st_size < len(line) * total and sender.poll() is None:
-                time.sleep(0.05)
-            return [read_memory(process, "VmRSS") for process in (sender, server)]
-
-        before = feed(STREAM // 10, STREAM // 10)
-        after = feed(STREAM - STREAM // 10, STREAM)
-    for name, first, last in zip(("send", "serve"), before, after, strict=True):
-        yield Result("KiB", [last - first], limit="<= 2048 KiB", part=name)
-
-
-def measure_idle() -> Results:
-    with (
-        serving(SERVE) as (endpoint, server),
-        running([*SEND, find_free_endpoint(), "hi"]) as lonely,
-    ):
-        with running([*SEND, endpoint], stdin=subprocess.PIPE) as reading:
-            names = {"serve": server, "send, no server": lonely, "send, no input": reading}
-            time.sleep(1.5)
-            before = [spend(process) for process in names.values()]
-            time.sleep(3)
-            spent = [
-                (spend(process) - first) / 3
-                for process, first in zip(names.values(), before, strict=True)
-            ]
-    for name, figure in zip(names, spent, strict=True):
-        yield Result("ms/s", [figure], limit="<= 5 ms/s", part=name)
-
-
-def spend(process: Process) -> float:
-    """Return the milliseconds of CPU that a process has spent; Linux makes the number of its clock from its own."""
-    return time.clock_gettime(~process.pid << 3 | 2) * 1000
-
-
-ROWS: dict[str, Callable[[], Results]] = {
-    "send, a message": measure_message,
-    "send, a message, one core": measure_message_on_one_core,
-    "send, a message, CURVE": measure_message_with_curve,
-    "send --quoted, a message": measure_quoted_message,
-    "send hi": measure_start,
-    "send hi, instructions": measure_instructions,
-    **{
-        f"serve {'--quiet' if quiet else '> file'}, clients: {clients}": partial(
-            measure_serve, clients, quiet
-        )
-        for quiet in (True, False)
-        for clients in (1, 16, 64, 256)
-    },
-    "serve --reply, clients: 16": measure_reply,
-    "a request through serve ": measure_programs,
-    "serve, 64 MiB": measure_large,
-    f"memory grown in {STREAM:,} messages, ": measure_stream,
-    "CPU of an idle ": measure_idle,
+BENCHES = {
+    "start": bench_start,
+    "stream": bench_stream,
+    "serve": bench_serve,
+    "large": bench_large,
+    "programs": bench_programs,
 }
 
 
-def give_up(*_signal: object) -> None:
-    """Stop waiting for a row; on the way out all processes are ended."""
-    raise TimeoutError
-
-
 def main() -> None:
-    """Measure, and print the table."""
-    signal.signal(signal.SIGALRM, give_up)
-    compileall.compile_dir(
-        Path(__file__).parent.parent / "zmqmsg", quiet=1
-    )  # as an installation does
-    words = [word for word in sys.argv[1:] if word != "--full"]
-    lines: list[tuple[str, ...]] = [("work", "unit", "zmqmsg", "against", "", "ratio", "limit")]
-    for name, measure in ROWS.items():
-        if not words or any(word in name for word in words):
-            if sys.stderr.isatty():
-                print(f"\r\033[K{name} ...", end="", file=sys.stderr, flush=True)
-            signal.alarm(LIMIT)
-            lines += [(name + result.part, *result.columns()) for result in measure()]
-    if sys.stderr.isatty():
-        print(end="\r\033[K", file=sys.stderr, flush=True)
-    for line in lines:
-        print("{:46} {:10} {:24} {:14} {:24} {:>5}  {}".format(*line).rstrip())
+    """Measure what is asked for, and print each line as soon as it is known."""
+    print(f"{'work':36} {'zmqmsg':34} {'against':16} {'':34} {'ratio':>6}")
+    for name in sys.argv[1:] or BENCHES:
+        for line in BENCHES[name]():
+            print(line, flush=True)
 
 
 if __name__ == "__main__":
