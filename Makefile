@@ -1,5 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
+PYTEST := $(BIN)/pytest -n 6 --dist worksteal
 
 .PHONY: help demo test windows lint coverage soak bench clean
 
@@ -26,7 +27,7 @@ demo: .venv/run ## Send three messages from a client to a server, two processes
 	wait'
 
 test: .venv/dev ## Run the tests
-	$(BIN)/pytest -n 8 --dist worksteal
+	$(PYTEST)
 
 windows: .venv/dev ## Run the tests with a Python for Windows, under Wine
 	$(BIN)/python tests/windows.py -n 2 --dist worksteal --timeout 120 $(WINDOWS_OPTIONS)
@@ -40,12 +41,12 @@ lint: .venv/dev ## Check style, format and types
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/tests.yml
 
 coverage: .venv/dev ## Run the tests and show what they leave out
-	$(BIN)/pytest -n 8 --dist worksteal --cov --cov-report=term-missing
+	$(PYTEST) --cov --cov-report=term-missing
 
 soak: .venv/dev ## Run the long tests at full size
 	$(BIN)/pytest -m soak --timeout 900
 
-bench: .venv/dev ## Measure against plain pyzmq and others, side by side
+bench: .venv/dev ## Compare the speed with plain loops in pyzmq
 	$(BIN)/python tests/bench.py
 
 clean: ## Remove all that was made
