@@ -112,13 +112,6 @@ def test_any_frames_come_from_anywhere_and_are_one_request(
     check()
 
 
-@few
-@given(messages_without(b"\0"))
-def test_any_frames_come_back_through_serve(echo: str, send: Send, frames: list[bytes]) -> None:
-    done = send("--connect", echo, "--multipart", "--null", input=ended(frames, b"\0"))
-    assert (done.returncode, done.stdout, done.stderr) == (0, ended(frames, b"\0"), b"")
-
-
 # Arguments and files
 
 
@@ -293,9 +286,7 @@ def test_a_closed_reader_ends_send_quietly_at_the_next_write(
 
 
 @LINUX
-def test_a_full_disk_ends_send_with_one_line_and_no_further_message_is_sent(
-    serve: Serve, send: Send
-) -> None:
+def test_a_full_disk_ends_send_before_the_next_message(serve: Serve, send: Send) -> None:
     server, endpoint = serve()
     with Path("/dev/full").open("wb") as full:
         streams = {"stdout": full, "stderr": subprocess.PIPE, "capture_output": False}

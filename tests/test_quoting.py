@@ -107,7 +107,7 @@ def test_send_reads_and_prints_quoted_lines(
 
 
 @pytest.mark.parametrize("escape", [r"\q", r"\x4", r"\xg0", r"\u20ac", "\\", "\\\ta"])
-def test_a_wrong_escape_is_named_with_its_line_and_nothing_of_that_line_is_sent(
+def test_a_wrong_escape_is_named_with_its_line_which_is_not_sent(
     context: Context, start: Start, escape: str
 ) -> None:
     server, endpoint = open_server(context, zmq.REP)
@@ -133,9 +133,7 @@ def test_arguments_and_fixed_replies_are_quoted_lines_and_files_are_not(
 
 
 @pytest.mark.parametrize("arguments", [["send", "good", r"bad\q"], ["serve", "--reply", r"bad\q"]])
-def test_a_wrong_escape_in_an_argument_is_wrong_usage_before_anything_is_sent(
-    start: Start, arguments: list[str]
-) -> None:
+def test_a_wrong_escape_in_an_argument_is_wrong_usage(start: Start, arguments: list[str]) -> None:
     status, output, notices = start(*arguments, "-Q").finish()
     assert (status, output, len(notices)) == (2, b"", 1)
     assert r"'bad\q': '\q' is not an escape" in notices[0]
