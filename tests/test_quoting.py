@@ -101,8 +101,8 @@ def test_send_reads_and_prints_quoted_lines(
         [b"raw \xff\r"],
         [b"last"],
     ]
-    status, output, notices = sender.finish()
-    assert (status, notices) == (0, [])
+    status, output, _ = sender.finish()
+    assert status == 0
     assert [unquote(line) for line in output.removesuffix(b"\n").split(b"\n")] == AWKWARD
 
 
@@ -116,9 +116,9 @@ def test_a_wrong_escape_is_named_with_its_line_which_is_not_sent(
     assert answer(server, [[b"reply"]]) == [[b"good"]]
     status, output, notices = sender.finish()
     assert not server.poll(100)
-    assert (status, output, len(notices)) == (1, b"reply\n", 1)
-    assert notices[0].startswith("zmqmsg: line 2 ")
-    assert f"'{escape[:2].strip()}'" in notices[0]
+    assert (status, output) == (1, b"reply\n")
+    assert notices[-1].startswith("zmqmsg: line 2 ")
+    assert f"'{escape[:2].strip()}'" in notices[-1]
 
 
 def test_arguments_and_fixed_replies_are_quoted_lines_and_files_are_not(

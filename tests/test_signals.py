@@ -4,8 +4,6 @@ import ctypes
 import os
 import re
 import signal
-import sys
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +14,6 @@ from zmqmsg.sockets import Context
 from conftest import (
     LIMIT,
     LINUX,
-    POSIX,
     Send,
     Serve,
     Start,
@@ -28,12 +25,9 @@ from conftest import (
     until,
 )
 
-with suppress(ImportError):  # Windows has none
-    import resource
+resource = pytest.importorskip("resource", reason="needs POSIX: its signals")
 
-pytestmark = POSIX
-
-STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP] if sys.platform != "win32" else []
+STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 STOPPING = "zmqmsg: stopping after the current request; a second signal ends it at once"
 
 

