@@ -18,7 +18,18 @@ import zmq
 
 from zmqmsg.sockets import Context, Socket
 
-from conftest import LIMIT, LINUX, Process, Serve, Start, free_endpoint, memory, open_server, until
+from conftest import (
+    LIMIT,
+    LINUX,
+    Process,
+    Send,
+    Serve,
+    Start,
+    free_endpoint,
+    memory,
+    open_server,
+    until,
+)
 
 termios = pytest.importorskip("termios", reason="needs POSIX: pseudo-terminals")
 ioctl = pytest.importorskip("fcntl").ioctl
@@ -161,16 +172,15 @@ def test_a_message_cannot_drive_the_terminal(
     assert terminal.read_rest() == b"".join(line + b"\n" for line in (quoted, *SHOWN.values()))
 
 
-def test_ctrl_s_keeps_no_signal_from_ending_serve(start: Start, terminal: Terminal) -> None:
+def test_ctrl_s_keeps_no_signal_from_ending_serve(
+    start: Start, send: Send, terminal: Terminal
+) -> None:
     """Notices go to the same terminal, and must not block either."""
     server = start("serve", "--bind", "tcp://127.0.0.1:*", "--verbose", **terminal.all())
     terminal.read_until(b"listening on ")
     endpoint = terminal.read_until(b"\n").decode().strip()
     termios.tcflow(terminal.end, termios.TCOOFF)
-    client = start("send", "--connect", endpoint, stdout=subprocess.DEVNULL)
-    for _ in range(2):
-        client.send_line(b"x" * 100_000)
-    client.wait_for_notice("waiting for a reply")  # the second one is not taken
+    assert send("--connect", endpoint, "x" * 100_000).returncode == 0
     server.signal(signal.SIGTERM)
     assert server.wait() == 1
     termios.tcflow(terminal.end, termios.TCOON)
@@ -214,9 +224,8 @@ def test_notices_have_colour_on_a_terminal_unless_no_color_is_set(
 def test_neither_messages_nor_a_log_have_colour(
     echo: str, start: Start, terminal: Terminal
 ) -> None:
-    client = start(
-        "send", "--connect", echo, "--verbose", "message", stdout=terminal.end, env=ENVIRONMENT
-    )
+    options = ["--connect", echo, "--verbose"]
+    client = start("send", *options, "message", stdout=terminal.end, env=ENVIRONMENT)
     assert terminal.read_rest() == b"message\n"
     assert "\x1b" not in "".join(client.finish()[2])
 
@@ -264,7 +273,7 @@ def long_file(tmp_path: Path) -> Path:
 def test_a_long_redirected_file_has_a_progress_bar(
     on_terminal: OnTerminal, long_file: Path, options: list[str], offset: int
 ) -> None:
-    """If it has been read in part, that of its rest."""
+    """If a part has been read before, it is the bar of what is left."""
     with long_file.open("rb") as file:
         os.lseek(file.fileno(), offset, os.SEEK_SET)
         written = on_terminal(*options, streams="stderr", stdin=file)
@@ -311,7 +320,7 @@ def test_there_is_no_progress_bar_otherwise(
 
 @pytest.fixture
 def half_server(context: Context) -> tuple[Socket, str]:
-    """A server that answers to nobody but ``halfway``, and its endpoint."""
+    """Open the server of ``halfway``; return it and its endpoint."""
     return open_server(context, zmq.REP)
 
 
