@@ -15,12 +15,12 @@ from conftest import LIMIT, LINUX, POSIX, Send, Serve, Start, ask, broker, memor
 
 BLOCKED_ECHO = """\
 import os, sys, time
-request = sys.stdin.read()
-print("begun", file=sys.stderr, flush=True)
-while not os.path.exists("go"):
-    time.sleep(0.01)
-sys.stdout.write(request)
-"""  # it answers nothing until there is a file with the name "go"
+for line in sys.stdin:
+    print("begun", file=sys.stderr, flush=True)
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    print(line, end="", flush=True)
+"""  # a filter that answers nothing until there is a file with the name "go"
 
 
 def clients_of(context: Context, endpoint: str, count: int) -> list[Socket]:
@@ -40,16 +40,16 @@ def test_all_that_was_received_is_answered_before_the_end(
     context: Context, serve: Serve, tmp_path: Path
 ) -> None:
     (tmp_path / "echo.py").write_text(BLOCKED_ECHO)
-    server, endpoint = serve("--exec", f'"{sys.executable}" echo.py', cwd=tmp_path)
-    clients = clients_of(context, endpoint, 5)
+    server, endpoint = serve("--filter", f'"{sys.executable}" echo.py', cwd=tmp_path)
+    clients = clients_of(context, endpoint, 20)
     server.wait_for_notice("begun")
     time.sleep(0.3)  # nothing tells when the others have come
     server.signal(signal.SIGTERM)
     server.wait_for_notice("stopping after the current request")
     (tmp_path / "go").touch()
-    assert [client.recv() for client in clients] == [b"0", b"1", b"2", b"3", b"4"]
+    assert [client.recv() for client in clients] == [b"%d" % number for number in range(20)]
     status, output, _ = server.finish()
-    assert (status, len(output.splitlines())) == (0, 5)
+    assert (status, len(output.splitlines())) == (0, 20)
 
 
 @POSIX
