@@ -30,7 +30,7 @@ test: .venv/dev ## Run the tests
 	$(PYTEST)
 
 windows: .venv/dev ## Run the tests with a Python for Windows, under Wine
-	$(BIN)/python tests/windows.py -n 2 --dist worksteal --timeout 120 $(WINDOWS_OPTIONS)
+	$(BIN)/python tests/windows.py -n 2 --dist worksteal --timeout 300 $(WINDOWS_OPTIONS)
 
 lint: .venv/dev ## Check style, format and types
 	$(BIN)/ruff check
