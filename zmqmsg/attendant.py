@@ -105,7 +105,7 @@ class Attendant:
     def start_command(self, command: str) -> "Popen[bytes]":
         """Start a shell command that a second signal ends as well; raise OSError if that is impossible."""
         with self._starting:
-            process = start_command(command)
+            process = start_command(command, dict(os.environ))
             self._commands.add(process)
         return process
 

@@ -15,7 +15,7 @@ from typing import IO, Any, NamedTuple, TextIO, cast
 import click
 
 from zmqmsg.quoting import escape, escape_line, quote, unquote
-from zmqmsg.system import COLOURS, END_OF_INPUT, LINES_END_WITH_CR_LF, READER_GONE, write_parts
+from zmqmsg.system import END_OF_INPUT, HAS_COLOURS, LINES_END_WITH_CR_LF, READER_GONE, write_parts
 
 CHUNK = 65536  # bytes read at a time; frames from this size on are not copied to be written with their end
 LONG_INPUT = 65536  # bytes of redirected standard input from which on there is a progress bar
@@ -116,7 +116,7 @@ def notify(text: str, colour: str = "cyan") -> None:
     """Write a notice to standard error: one line, with whatever it quotes escaped."""
     prefix = "zmqmsg:"
     plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
-    if COLOURS and not plain and _standard_error.isatty():
+    if HAS_COLOURS and not plain and _standard_error.isatty():
         prefix = click.style(prefix, fg=colour)
     # Below the progress bar, if there is one.
     _standard_error.write("\n" * _standard_error.line_begun + f"{prefix} {escape_line(text)}\n")
