@@ -1,0 +1,144 @@
+"""Which clients do not get through to what ``serve --verbose`` has bound, and why.
+
+The client itself is told by ``zmqmsg send``; this is for whoever runs the server.
+"""
+
+import struct
+import time
+from contextlib import suppress
+from typing import NamedTuple
+
+import zmq
+
+from zmqmsg.notices import UNIX_CLIENT, ClientNotices, not_through
+from zmqmsg.sockets import HANDSHAKE_LIMIT_MS, Socket, open_monitor
+from zmqmsg.system import start_thread
+
+LOOK_INTERVAL_MS = 500  # between looks at the notices that are due
+HANDSHAKE_TIME = HANDSHAKE_LIMIT_MS / 1000 + 1  # seconds after which no handshake goes on
+
+ACCEPTED = int(zmq.EVENT_ACCEPTED)
+SUCCEEDED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+BROKEN = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
+WRONG = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
+DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
+
+OTHER_MECHANISM = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
+OTHER_SERVER_KEY = int(zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC)
+
+
+def watch_handshakes(socket: Socket, notices: ClientNotices) -> None:
+    """Notify of clients of ``socket``, not bound yet, whose handshakes fail.
+
+    Raises Failure or OSError.
+    """
+    # A thread reads the monitor, even while the server waits for a command: one that nobody reads
+    # would stop the server.
+    events = ACCEPTED | SUCCEEDED | REFUSED | BROKEN | WRONG | DISCONNECTED
+    monitor = open_monitor(socket, "inproc://zmqmsg.listener", events)
+    watch = HandshakeWatch(notices, requires_keys=socket.mechanism == zmq.CURVE)
+    start_thread(lambda: read_monitor(monitor, watch))
+
+
+def read_monitor(monitor: Socket, watch: "HandshakeWatch") -> None:
+    """Pass all events on to ``watch``, until the context is terminated."""
+    with monitor, suppress(zmq.ContextTerminated):
+        while True:
+            if monitor.poll(LOOK_INTERVAL_MS):
+                header, endpoint = monitor.recv_multipart()
+                event, value = struct.unpack("=HI", header)
+                watch.handle_event(event, value, endpoint.decode(errors="backslashreplace"))
+            watch.notices.give_due()
+
+
+class Client(NamedTuple):
+    """A client that is connected."""
+
+    address: str
+    accepted_at: float  # by time.monotonic()
+
+
+class HandshakeWatch:
+    """Concludes from the events of a bound socket whose handshake has failed.
+
+    libzmq says whose an event is only for ACCEPTED and DISCONNECTED, by the number of a descriptor.
+    So a failed handshake is that of the next connection that ends, and one that has succeeded may
+    be that of any connection that is open.
+    """
+
+    def __init__(self, notices: ClientNotices, *, requires_keys: bool) -> None:
+        self.notices = notices
+        self._requires_keys = requires_keys
+        self._clients: dict[int, Client] = {}  # of each open connection
+        self._unfinished: set[int] = set()  # connections whose handshakes have not succeeded
+        self._reason = ""  # why the handshake of the next connection that ends has failed
+        self._hung_up = False  # whether the client of that connection has just hung up
+
+    def handle_event(self, event: int, value: int, endpoint: str) -> None:
+        """Draw the conclusions from an event at the bound ``endpoint``."""
+        if event == ACCEPTED:
+            address = peer_address(value) or local_address(endpoint)
+            self._clients[value] = Client(address, time.monotonic())
+            self._unfinished.add(value)
+        elif event == WRONG:
+            self._reason = self._describe(value)
+        elif event == BROKEN and value == zmq.EAGAIN:
+            self._reason = "it did not finish the handshake in time"
+        elif event == BROKEN:
+            self._hung_up = True
+        elif event in (SUCCEEDED, REFUSED):  # of clients that are refused, the ZAP thread tells
+            self._unfinished.clear()
+        elif event == DISCONNECTED:
+            self._handle_end(value)
+
+    def _handle_end(self, descriptor: int) -> None:
+        client = self._clients.pop(descriptor, None)
+        # A socket of the wrong type often ends without any other event.
+        hung_up = self._hung_up or descriptor in self._unfinished
+        if client and self._reason:
+            notice = not_through(client.address, self._reason)
+            self.notices.report(client.address, notice)
+        # libzmq reports no handshake of ZMTP 1 and 2, and its end as a failed one.
+        elif client and hung_up and time.monotonic() < client.accepted_at + HANDSHAKE_TIME:
+            self.notices.report_hanging_up(client.address, client.accepted_at)
+        self._unfinished.discard(descriptor)
+        self._reason = ""
+        self._hung_up = False
+
+    def _describe(self, error: int) -> str:
+        """Return in words what is wrong with a handshake, by libzmq's number."""
+        if error == OTHER_MECHANISM:
+            if self._requires_keys:
+                return "it uses no keys, and this server requires them"
+            return "it uses keys (or PLAIN), and this server does not"
+        if error == OTHER_SERVER_KEY:
+            return "its --server-key is not this server's"
+        return "it broke the protocol of the handshake"
+
+
+def peer_address(descriptor: int) -> str:
+    """Return the address of the client that libzmq's ``descriptor`` is connected to.
+
+    Nothing is returned if it is gone already.
+    """
+    from socket import socket
+
+    with suppress(OSError):
+        connection = socket(fileno=descriptor)
+        try:
+            name = connection.getpeername()
+            return str(name[0]) if isinstance(name, tuple) else UNIX_CLIENT
+        finally:
+            connection.detach()
+    return ""
+
+
+def local_address(endpoint: str) -> str:
+    """Return where a client of ``endpoint``, which is already gone, must have come from."""
+    if endpoint.startswith("ipc://"):
+        return UNIX_CLIENT
+    for address, beginning in (("127.0.0.1", "tcp://127."), ("::1", "tcp://[::1]")):
+        if endpoint.startswith(beginning):
+            return address
+    return "an unknown address"

@@ -1,0 +1,193 @@
+"""How ``serve`` stops: signals, the time that is left, and the commands that end with it.
+
+A Python signal handler runs in the main thread, and nothing interrupts a blocking call on Windows.
+So the handlers do nothing, and a thread reads which signals have come: the ``Guard``. It also looks
+twice a second at what the main thread cannot see while it is blocked.
+"""
+
+import math
+import os
+import signal
+import time
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from zmqmsg.messages import Output
+from zmqmsg.notices import NOTICE_DELAY, NoticeWriter, StallNotices, standard_error
+from zmqmsg.system import (
+    END_SIGNALS,
+    STOP_SIGNALS,
+    end_group,
+    reap_orphans,
+    start_command,
+    start_thread,
+)
+
+if TYPE_CHECKING:
+    from socket import socket
+    from subprocess import Popen
+
+# Times from the request to stop, in seconds. Docker kills after 10.
+ANSWER_LIMIT = 5.0  # in which requests that have arrived are answered
+END_LIMIT = 8.0  # in which what was begun by then may finish
+
+LOOK_INTERVAL = 0.5  # seconds from one look at what lasts to the next
+# Seconds in which the same signal counts once: GNU timeout sends it to its child, and then to the
+# whole group.
+REPEAT_DELAY = 0.1
+LOCK_LIMIT = 1.0  # seconds to wait at the end for a command that is being started
+
+STOPPING = "stopping after the current request; a second signal ends it at once"
+UNREAD = "standard output is not being read"
+
+
+class Stop:
+    """Whether ``serve`` is to stop, and since when."""
+
+    def __init__(self) -> None:
+        from threading import Event
+
+        self._requested = Event()
+        self._requested_at = math.inf
+        self._waker: socket | None = None
+        self.sources: list[socket] = []  # readable when the main thread must return from its poll
+
+    def open(self) -> None:
+        """Make what wakes the main thread from its poll; raise OSError."""
+        from socket import socketpair
+
+        reader, self._waker = socketpair()
+        self.sources = [reader]
+
+    def request(self) -> None:
+        """Begin to stop, unless that has begun."""
+        if self.is_requested():
+            return
+        self._requested_at = time.monotonic()
+        self._requested.set()
+        if self._waker:
+            self._waker.send(b"\0")
+
+    def is_requested(self) -> bool:
+        """Return whether stopping has begun."""
+        return self._requested.is_set()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for a request to stop; return whether there is one."""
+        return self._requested.wait(seconds)
+
+    def has_lasted(self, seconds: float) -> bool:
+        """Return whether stopping began so long ago."""
+        return time.monotonic() >= self._requested_at + seconds
+
+
+class Commands:
+    """The shell commands that run, which end with the process."""
+
+    def __init__(self) -> None:
+        from threading import Lock
+
+        self._processes: set[Popen[bytes]] = set()
+        self._lock = Lock()  # held while a command is started and noted
+
+    def start(self, command: str, environment: dict[str, str]) -> "Popen[bytes]":
+        """Start a command; raise OSError if that is impossible."""
+        with self._lock:
+            process = start_command(command, environment)
+            self._processes.add(process)
+        return process
+
+    def forget(self, process: "Popen[bytes]") -> None:
+        """Forget a process that has ended; do not return while all are being ended."""
+        with self._lock:
+            self._processes.discard(process)
+
+    def end_all(self) -> None:
+        """End all commands; none can be started or forgotten any more."""
+        self._lock.acquire(timeout=LOCK_LIMIT)  # for good
+        for process in tuple(self._processes):
+            end_group(process)
+
+    def reap_orphans(self) -> None:
+        """Reap what commands have left running, if we are process 1: nobody else does."""
+        if os.getpid() == 1:
+            with self._lock:
+                reap_orphans({process.pid for process in self._processes})
+
+
+class Guard:
+    """A daemon thread that handles signals, and ends the process when its time is over.
+
+    The first signal requests to stop. The second one, or SIGQUIT, ends the process and its commands
+    at once.
+    """
+
+    def __init__(self, output: Output | None) -> None:
+        """``output``: standard output, if it is used. Raises OSError."""
+        self.stop = Stop()
+        self.commands = Commands()
+        self.notices = NoticeWriter()
+        self.stalls = StallNotices(self.notices.notify)
+        # What would be cut off, in words; only the main thread sets it.
+        self.unfinished = ""
+        self._output = output
+        self._first_signal = 0  # 0: none has come
+        self._signalled_at = math.inf
+
+    def start(self) -> None:
+        """Handle signals from now on, but not those that are ignored; raise OSError."""
+        from socket import socketpair
+
+        self.stop.open()
+        self._signals, self._signal_writer = socketpair()
+        self._signal_writer.setblocking(False)
+        self._signals.settimeout(LOOK_INTERVAL)
+        start_thread(self._work)
+        # First, or a signal could be lost. A full buffer is no loss: it has two signals.
+        signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
+        for number in (*STOP_SIGNALS, *END_SIGNALS):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, lambda _number, _frame: None)
+
+    # The thread
+
+    def _work(self) -> None:
+        while True:
+            with suppress(TimeoutError):
+                for number in self._signals.recv(4096):
+                    self._handle(number)
+            self.commands.reap_orphans()
+            self._look()
+
+    def _handle(self, number: int) -> None:
+        now = time.monotonic()
+        is_repeated = number == self._first_signal and now < self._signalled_at + REPEAT_DELAY
+        is_second = self._first_signal != 0 and not is_repeated
+        if is_second or number in END_SIGNALS:
+            self._end(128 + number)
+        if not self._first_signal:
+            self._first_signal = number
+            self._signalled_at = now
+            self.stalls.expect(STOPPING, NOTICE_DELAY)
+            self.stop.request()
+
+    def _look(self) -> None:
+        """Give the notices that are due; end the process if its time is over."""
+        output_is_stalled = self._output is not None and self._output.is_stalled()
+        if output_is_stalled:
+            self.stalls.expect(f"{UNREAD}; waiting until it is", 0)
+        if self.stop.is_requested():
+            if output_is_stalled:
+                self.notices.notify(f"{UNREAD}; 1 request was answered, but not printed", "red")
+                self._end(1)
+            if standard_error.is_stalled():
+                self._end(1)
+            if self.stop.has_lasted(END_LIMIT) and self.unfinished:
+                self.notices.notify(f"{self.unfinished} after {END_LIMIT:g} s", "red")
+                self._end(1)
+        self.stalls.give_due()
+
+    def _end(self, status: int) -> None:
+        self.commands.end_all()
+        self.notices.finish()
+        os._exit(status)
