@@ -156,7 +156,11 @@ def test_where_nobody_listens_the_system_says_why(start: Start, tmp_path: Path) 
 CONNECT_TO_ITSELF = """
 import socket
 connect = socket.socket.connect
-socket.socket.connect = lambda self, address: (self.bind(address), connect(self, address))
+def connect_from_there(self, address):
+    self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    self.bind(address)
+    connect(self, address)
+socket.socket.connect = connect_from_there
 """
 
 
