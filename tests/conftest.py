@@ -44,7 +44,7 @@ def has_ipv6() -> bool:
 
 IPV6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 soak = pytest.mark.soak
-LIMIT = 30  # seconds after which something that should have happened will not
+LIMIT = 60  # seconds after which something that should have happened will not
 
 
 # What a user may have set that changes what zmqmsg, Python or a shell does or says.

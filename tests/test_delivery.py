@@ -61,7 +61,7 @@ def count_served(server: Process) -> int:
     ("kills", "count", "pace"),
     [
         pytest.param(3, 300, 0.003, id="paced"),
-        pytest.param(2, 3000, 0, id="tight"),
+        pytest.param(2, 1000, 0, id="tight"),
         pytest.param(20, 3000, 0.005, id="paced-full", marks=soak),
         pytest.param(5, 40_000, 0, id="tight-full", marks=soak),
     ],
