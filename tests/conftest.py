@@ -2,12 +2,12 @@
 
 import compileall
 import os
-import random
 import re
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -32,18 +32,50 @@ WINDOWS = pytest.mark.skipif(sys.platform != "win32", reason="needs Windows")
 POSIX = pytest.mark.skipif(
     sys.platform == "win32", reason="needs POSIX: its shell, signals, pipes or Unix sockets"
 )
+
+
+def has_ipv6() -> bool:
+    """Return whether this machine has the IPv6 address of itself."""
+    with suppress(OSError), socket.socket(socket.AF_INET6) as probe:
+        probe.bind(("::1", 0))
+        return True
+    return False
+
+
+IPV6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 soak = pytest.mark.soak
-LIMIT = 20  # seconds after which something that should have happened will not
+LIMIT = 60  # seconds after which something that should have happened will not
 
 
+# What a user may have set that changes what zmqmsg, Python or a shell does or says.
+FOREIGN = ("LANG", "LC_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "ZMQMSG_", "_ZMQMSG_")
+FOREIGN_TO_PYTHON = ("PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONDEVMODE", "PYTHONOPTIMIZE")
+
+
+# Last, as pytest itself heeds some of the variables.
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
+    """Give all processes the same environment, whatever the user's is."""
     if not hasattr(config, "workerinput"):  # once, and not in each process that a test starts
-        compileall.compile_dir(Path(zmqmsg.__file__).parent, quiet=1)
-    # A shell lets its background jobs ignore Ctrl-C and Ctrl-\, and nohup hangups; so would all that they start.
+        compileall.compile_dir(Path(zmqmsg.__file__).parent, quiet=2)
+    # A shell lets its background jobs ignore Ctrl-C and Ctrl-\, and nohup hangups.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.platform != "win32":
         signal.signal(signal.SIGHUP, signal.SIG_DFL)
         signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+    os.umask(0o022)
+    for name in list(os.environ):
+        if name.startswith(FOREIGN) or name in FOREIGN_TO_PYTHON:
+            del os.environ[name]
+    os.environ["LC_ALL"] = "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"
+    os.environ["TERM"] = "xterm"
+    os.environ.setdefault("HOME", tempfile.gettempdir())
+    # A shell says 126, not 127, of an unknown command if it may not look into one of these.
+    folders = [folder for folder in os.get_exec_path() if os.access(folder, os.X_OK)]
+    os.environ["PATH"] = os.pathsep.join(folders)
+    # The path of a socket has room for about a hundred bytes.
+    if sys.platform != "win32" and len(tempfile.gettempdir()) > 30:
+        os.environ["PYTEST_DEBUG_TEMPROOT"] = "/tmp"
 
 
 Start = Callable[..., "Process"]
@@ -52,7 +84,7 @@ Send = Callable[..., subprocess.CompletedProcess[bytes]]
 
 
 def press_ctrl_c(popen: "subprocess.Popen[bytes]") -> None:
-    """Start the thread in a process of Windows that Ctrl-C would start in it, since there may be no console."""
+    """Start the thread in a process of Windows that Ctrl-C starts; there may be no console."""
     import ctypes
 
     kernel = ctypes.windll.kernel32  # type: ignore[attr-defined]
@@ -130,21 +162,21 @@ class Process:
         return self.popen.stdout.readline().removesuffix(b"\n")
 
     def signal(self, number: int) -> None:
-        """Send the process a signal; on Windows, whatever asks it to stop is Ctrl-C, as typed in its console."""
+        """Send the process a signal. On Windows, what asks it to stop is Ctrl-C."""
         if sys.platform == "win32" and number in (signal.SIGINT, signal.SIGTERM):
             press_ctrl_c(self.popen)
         else:
             self.popen.send_signal(number)
 
     def wait(self, limit: float = LIMIT) -> int:
-        """Return the exit status, once the process has ended and all its notices are read."""
+        """Return the exit status when the process has ended and all its notices are read."""
         status = self.popen.wait(limit)
         if self.popen.stderr:
             self._reader.join(limit)
         return status
 
     def finish(self, limit: float = LIMIT) -> tuple[int, bytes, list[str]]:
-        """Close standard input, and return exit status, standard output and the lines of standard error."""
+        """Close standard input; return exit status, standard output and lines of standard error."""
         if self.popen.stdin:
             self.popen.stdin.close()
         output = self.popen.stdout.read() if self.popen.stdout else b""
@@ -175,10 +207,13 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture
 def serve(start: Start) -> Serve:
-    """Start ``zmqmsg serve`` with further arguments, on a free port unless they bind; return it and its endpoint."""
+    """Start ``zmqmsg serve`` with further arguments; return it and its endpoint.
+
+    It binds a free port unless the arguments say otherwise.
+    """
 
     def serve(*arguments: str | bytes, **options: Any) -> tuple[Process, str]:
-        bind = [] if "--bind" in arguments else ["--bind", "tcp://127.0.0.1:*"]
+        bind = [] if "--bind" in arguments else ["--bind", free_endpoint()]
         process = start("serve", *bind, *arguments, **options)
         return process, process.wait_for_notice("listening on (tcp:.*|ipc:.*|all IPv4 .*)")[1]
 
@@ -187,7 +222,7 @@ def serve(start: Start) -> Serve:
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[str]:
-    """Let one server, which prints nothing, run for all tests that want no more of it; return its endpoint."""
+    """Return the endpoint of a server that echoes for all tests which want no more of it."""
     server = Process("serve", "--quiet", "--bind", "tcp://127.0.0.1:*")
     yield server.wait_for_notice("listening on (tcp:.*|ipc:.*|all IPv4 .*)")[1]
     server.close()
@@ -221,15 +256,17 @@ def context() -> Iterator[Context]:
     context.destroy(linger=0)
 
 
-def bind(socket: Socket, endpoint: str = "tcp://127.0.0.1:*") -> str:
-    """Bind a plain socket of pyzmq as soon as ``endpoint`` is free, and return its real endpoint."""
+def bind(socket: Socket, endpoint: str = "") -> str:
+    """Bind a plain socket of pyzmq to ``endpoint`` as soon as it is free; return the real one."""
     socket.linger = 0
+    endpoint = endpoint or free_endpoint()
     end = time.monotonic() + LIMIT
     while True:
         try:
             socket.bind(endpoint)
-        except zmq.ZMQError:  # closing the one that was there before takes libzmq a moment
+        except zmq.ZMQError:  # libzmq closes the one that was there before in the background
             assert time.monotonic() < end
+            time.sleep(0.005)
         else:
             return cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
 
@@ -242,12 +279,32 @@ def until(condition: Callable[[], object], explain: Callable[[], object] = str) 
         time.sleep(0.005)
 
 
+_holders: list[socket.socket] = []
+
+
 def free_endpoint() -> str:
-    """Return an endpoint where nobody listens: below the ephemeral range, or other tests may be given its port."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return f"tcp://127.0.0.1:{port}"
+    """Return an endpoint where nobody listens, and which is the test's own until it ends.
+
+    A socket that is bound and does not listen keeps its port from whoever asks the system for any.
+    On Linux, sockets with SO_REUSEADDR, such as libzmq's, may still be bound to it.
+    """
+    holder = socket.socket()
+    if sys.platform == "linux":
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        _holders.append(holder)
+    holder.bind(("127.0.0.1", 0))
+    endpoint = f"tcp://127.0.0.1:{holder.getsockname()[1]}"
+    if sys.platform != "linux":
+        holder.close()
+    return endpoint
+
+
+@pytest.fixture(autouse=True)
+def release_ports() -> Iterator[None]:
+    """Let other tests have the ports of ``free_endpoint()``, once all that used them has ended."""
+    yield
+    while _holders:
+        _holders.pop().close()
 
 
 def address(endpoint: str) -> tuple[str, int]:
@@ -256,22 +313,41 @@ def address(endpoint: str) -> tuple[str, int]:
     return host, int(port)
 
 
+TIME_WAIT = "06"
+
+
 def await_end(endpoint: str) -> None:
-    """Wait until nobody listens at ``endpoint`` any more, and the connections of who did have ended, too."""
+    """Wait until nobody listens at ``endpoint``, and both ends have closed their connections."""
+    if sys.platform != "linux":
+        until(lambda: is_refused(endpoint))
+        time.sleep(0.5)  # there, nothing tells of the other end
+        return
+    port = f":{address(endpoint)[1]:04X}"
 
-    def is_refused() -> bool:
-        with socket.socket() as client:
-            return client.connect_ex(address(endpoint)) != 0
+    def has_ended() -> bool:
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+        return all(
+            state == TIME_WAIT
+            for _, local, remote, state, *_ in rows
+            if local.endswith(port) or remote.endswith(port)
+        )
 
-    until(is_refused)
-    time.sleep(0.05)  # nothing tells of the other end
+    until(has_ended)
+
+
+def is_refused(endpoint: str) -> bool:
+    """Return whether nobody listens at ``endpoint``."""
+    with socket.socket() as client:
+        return client.connect_ex(address(endpoint)) != 0
 
 
 @contextmanager
-def listening(
-    talk: Callable[[socket.socket], object], endpoint: str = "tcp://127.0.0.1:0"
-) -> Iterator[str]:
-    """Listen, and let ``talk`` deal with each connection in a thread, and close it; the context gets the endpoint."""
+def listening(talk: Callable[[socket.socket], object], endpoint: str = "") -> Iterator[str]:
+    """Listen at ``endpoint``, or at a free one, which the context gets.
+
+    ``talk`` deals with each connection, which is then closed, in a thread.
+    """
+    endpoint = endpoint or free_endpoint()
     connections: list[socket.socket] = []
     threads: list[threading.Thread] = []
 
@@ -294,7 +370,7 @@ def listening(
         acceptor = threading.Thread(target=accept)
         acceptor.start()
         try:
-            yield f"tcp://127.0.0.1:{listener.getsockname()[1]}"
+            yield endpoint
         finally:
             with suppress(OSError):  # Windows, where closing is enough
                 listener.shutdown(socket.SHUT_RDWR)
@@ -309,7 +385,7 @@ def listening(
 
 
 Forward = Callable[[bytes, socket.socket, bool], object]
-"""Passes on data that a relay has read: ``(data, target, upstream)``, upstream meaning towards the server."""
+"""Passes on data that a relay has read: ``(data, target, upstream)``; upstream: to the server."""
 
 
 @contextmanager
@@ -318,9 +394,10 @@ def relay(
     forward: Forward = lambda data, target, upstream: target.sendall(data),
     chunk: int = 65536,
 ) -> Iterator[str]:
-    """Relay TCP connections to ``endpoint``, through ``forward``; the context gets where to connect instead.
+    """Relay TCP connections to ``endpoint`` through ``forward``.
 
-    What ``forward`` raises as OSError, or the end of either side, ends the connection.
+    The context gets the endpoint to connect to instead. An OSError of ``forward``, or the end of
+    either side, ends the connection.
     """
 
     def pump(source: socket.socket, target: socket.socket, upstream: bool) -> None:
@@ -344,8 +421,8 @@ def relay(
 
 @contextmanager
 def broker(
-    front_endpoint: str = "tcp://127.0.0.1:*",
-    back_endpoint: str = "tcp://127.0.0.1:*",
+    front_endpoint: str = "",
+    back_endpoint: str = "",
     secure: Callable[[Socket], object] = lambda socket: None,
 ) -> Iterator[tuple[str, str]]:
     """Run a ROUTER/DEALER broker; the context gets its endpoints, for clients and for workers."""
@@ -368,9 +445,7 @@ def broker(
         thread.join(LIMIT)
 
 
-def open_server(
-    context: Context, socket_type: int, endpoint: str = "tcp://127.0.0.1:*"
-) -> tuple[Socket, str]:
+def open_server(context: Context, socket_type: int, endpoint: str = "") -> tuple[Socket, str]:
     """Bind a plain socket of pyzmq that does not wait for ever; return it and its real endpoint."""
     server = context.socket(socket_type)
     server.rcvtimeo = LIMIT * 1000
@@ -413,7 +488,10 @@ def stop(process: Process, number: int = signal.SIGTERM) -> tuple[int, bytes, li
 
 
 def shell(tmp_path: Path, text: str) -> dict[str, Any]:
-    """Return options that start a process by the shell script ``text``, in which $python and "$@" stand for it."""
+    """Return options that start a process by the shell script ``text``.
+
+    In the script, $python and "$@" stand for the process.
+    """
     script = tmp_path / "script"
     script.write_text(f"#!/bin/sh\npython='{sys.executable}'\n{text}\n")
     script.chmod(0o755)

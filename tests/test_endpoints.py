@@ -18,7 +18,7 @@ BIND_AND_CONNECT = pytest.mark.parametrize("option", ["--bind", "--connect"])
 
 
 def usage_error(option: str, endpoint: str) -> str:
-    """Return what is said of ``endpoint``, or of an option that is certainly wrong, if that is accepted."""
+    """Return what is said of ``endpoint``; if it is accepted, of another option, which is wrong."""
     command = "serve" if option == "--bind" else "send"
     result = CliRunner().invoke(
         cli, [command, option, endpoint, "--max-size", "wrong"], prog_name="zmqmsg"
@@ -75,7 +75,7 @@ def test_wildcards_can_be_bound_but_not_connected_to(endpoint: str) -> None:
         pytest.param("ipc:///" + "\N{SNOWMAN}" * 36, f"path of 1 to {LONGEST} bytes", marks=POSIX),
     ],
 )
-def test_any_other_endpoint_is_refused_with_the_reason_and_an_example(
+def test_any_other_endpoint_is_refused_with_a_reason_and_an_example(
     option: str, endpoint: str, reason: str
 ) -> None:
     refusal = usage_error(option, endpoint)
@@ -89,66 +89,74 @@ def test_any_other_endpoint_is_refused_with_the_reason_and_an_example(
     assert f"for example {example}" in refusal
 
 
+# Socket files. libzmq would unlink whatever is there.
+
+
+def assert_taken(start: Start, path: Path) -> None:
+    """Start a server that cannot bind ``path``."""
+    taken = "a server or a file is there already; choose another path"
+    notices = [f"zmqmsg: cannot bind ipc://{path}: {taken}"]
+    assert start("serve", "--bind", f"ipc://{path}").finish() == (1, b"", notices)
+
+
 @POSIX
-def test_an_ipc_path_is_taken_from_nobody_unless_its_server_has_died(
+def test_the_path_of_a_file_is_not_taken(start: Start, tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("data")
+    assert_taken(start, path)
+    assert path.read_text() == "data"
+
+
+@POSIX
+def test_the_path_of_a_server_is_not_taken(
     serve: Serve, start: Start, send: Send, tmp_path: Path
 ) -> None:
-    """libzmq would unlink whatever is there."""
-    taken = "a server or a file is there already; choose another path"
     path = tmp_path / "socket"
-    endpoint = f"ipc://{path}"
-    path.write_text("data")
-    assert start("serve", "--bind", endpoint).finish() == (
-        1,
-        b"",
-        [f"zmqmsg: cannot bind {endpoint}: {taken}"],
-    )
-    assert path.read_text() == "data"
-    path.unlink()
-    server, _ = serve("--bind", endpoint)
-    assert start("serve", "--bind", endpoint).finish() == (
-        1,
-        b"",
-        [f"zmqmsg: cannot bind {endpoint}: {taken}"],
-    )
+    _, endpoint = serve("--bind", f"ipc://{path}")
+    assert_taken(start, path)
     assert send("--connect", endpoint, "still there?").stdout == b"still there?\n"
+
+
+@POSIX
+def test_the_path_of_a_server_that_died_is_taken(serve: Serve, send: Send, tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    server, endpoint = serve("--bind", f"ipc://{path}")
     server.signal(signal.SIGKILL)
     server.wait()
     assert path.is_socket()
-    server, _ = serve("--bind", endpoint)
+    serve("--bind", endpoint)
     assert send("--connect", endpoint, "and now?").stdout == b"and now?\n"
-    assert stop(server)[0] == 0
 
 
 @POSIX
-def test_without_descriptors_nothing_is_taken_either(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", range(12, 30, 3))
+def test_without_descriptors_nothing_is_taken_either(tmp_path: Path, limit: int) -> None:
     path = tmp_path / "file"
     path.write_text("data")
-    for limit in range(12, 30, 3):
-        given = [
-            "sh",
-            "-c",
-            f'ulimit -n {limit}; exec "$@"',
-            "sh",
-            *COMMAND,
-            "serve",
-            "--bind",
-            f"ipc://{path}",
-        ]
-        done = subprocess.run(given, capture_output=True, timeout=LIMIT)
-        assert (done.returncode, path.read_text()) == (1, "data")
+    limited = ["sh", "-c", f'ulimit -n {limit}; exec "$@"', "sh"]
+    command = [*limited, *COMMAND, "serve", "--bind", f"ipc://{path}"]
+    done = subprocess.run(command, capture_output=True, timeout=LIMIT)
+    assert (done.returncode, path.read_text()) == (1, "data")
 
 
 @POSIX
-def test_a_socket_file_may_have_the_longest_path_and_is_removed_unless_another_has_taken_its_place(
+def test_a_socket_file_may_have_the_longest_path_and_is_removed(
     serve: Serve, tmp_path: Path
 ) -> None:
     path = tmp_path / ("x" * LONGEST)
-    for replaced in (False, True):
-        server, _ = serve("--bind", f"ipc://{path.name}", cwd=tmp_path)
-        assert path.is_socket()
-        if replaced:
-            (tmp_path / "new").touch()
-            (tmp_path / "new").rename(path)
-        assert stop(server)[0] == 0
-        assert path.is_file() is replaced
+    server, _ = serve("--bind", f"ipc://{path.name}", cwd=tmp_path)
+    assert path.is_socket()
+    assert stop(server)[0] == 0
+    assert not path.exists()
+
+
+@POSIX
+def test_what_has_taken_the_place_of_a_socket_file_is_not_removed(
+    serve: Serve, tmp_path: Path
+) -> None:
+    path = tmp_path / "socket"
+    server, _ = serve("--bind", f"ipc://{path}")
+    (tmp_path / "new").touch()
+    (tmp_path / "new").rename(path)
+    assert stop(server)[0] == 0
+    assert path.is_file()

@@ -1,12 +1,9 @@
-"""Delivery through a network that damages connections: nothing is lost, and nothing is served twice unasked."""
+"""Delivery over damaged connections: nothing is lost, and nothing is served twice unasked."""
 
-import os
 import random
 import re
 import socket
 import struct
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,7 +12,9 @@ import pytest
 
 from conftest import POSIX, Send, Serve, relay, soak
 
-QUIET_PERIOD = 0.4  # seconds for which a stalled connection passes nothing on: longer than the timeout of an attempt
+# Seconds: of an attempt, in which a busy machine connects and answers, too; and of a stall.
+TIMEOUT = 1.0
+STALL = 1.3
 
 
 class Faults:
@@ -38,7 +37,7 @@ class Faults:
         kind = self._random.choice(self._kinds)
         place = self._random.randrange(len(data))
         if kind in self.KINDS_WITH_CURVE[len(self.KINDS) :]:
-            # In what is encrypted of the last frame. To libzmq, a damaged length is a frame that is too large.
+            # In what is encrypted of the last frame. A damaged length may be too large a frame.
             place = self._random.randrange(max(0, len(data) - 16), max(1, len(data) - 1))
         self.done[kind] += 1
         match kind:
@@ -55,7 +54,7 @@ class Faults:
             case "half-close":
                 target.shutdown(socket.SHUT_WR)
             case "stall":
-                time.sleep(QUIET_PERIOD)
+                time.sleep(STALL)  # nothing must be passed on
                 target.sendall(data)
             case "split":
                 for number in range(len(data)):
@@ -88,18 +87,15 @@ def lines(messages: list[str]) -> bytes:
 @pytest.mark.parametrize(
     ("count", "rate"), [(250, 1 / 50), pytest.param(60_000, 1 / 1000, id="full", marks=soak)]
 )
-def test_every_reply_comes_once_and_in_order_whatever_happens_to_connections(
+def test_every_reply_comes_once_and_in_order_over_damaged_connections(
     serve: Serve, send: Send, keys: tuple[list[str], list[str]], count: int, rate: float
 ) -> None:
     _server, endpoint = serve("--quiet", *keys[0])
     faults = Faults(1, rate, curve=bool(keys[0]))
     messages = [f"message {number}" for number in range(count)]
     with relay(endpoint, faults.forward) as damaged:
-        options = ["--connect", damaged, "--timeout", "0.3", "--retries", "50", *keys[1]]
-        done = send(*options, input=lines(messages), timeout=600)
-    print(
-        f"{count} messages: {dict(faults.done)}, {done.stderr.count(b'retrying')} further attempts"
-    )
+        options = ["--connect", damaged, "--timeout", str(TIMEOUT), "--retries", "50", *keys[1]]
+        done = send(*options, input=lines(messages), timeout=800)
     assert done.returncode == 0, done.stderr[-1000:]
     assert done.stdout == lines(messages)
     assert faults.done.total() > 5
@@ -109,7 +105,7 @@ def test_every_reply_comes_once_and_in_order_whatever_happens_to_connections(
 @pytest.mark.parametrize(
     ("count", "rate"), [(150, 1 / 40), pytest.param(60_000, 1 / 1000, id="full", marks=soak)]
 )
-def test_without_retries_nothing_is_served_twice_and_the_exit_status_says_what_was_served(
+def test_without_retries_nothing_is_served_twice_and_the_status_is_true(
     serve: Serve,
     send: Send,
     keys: tuple[list[str], list[str]],
@@ -121,31 +117,26 @@ def test_without_retries_nothing_is_served_twice_and_the_exit_status_says_what_w
     with log.open("wb") as file:
         server, endpoint = serve(*keys[0], stdout=file)
     faults = Faults(2, rate, curve=bool(keys[0]))
-    messages = [f"message {number}" for number in range(count)]
     replied: list[str] = []
-    unknown: list[str] = []
-    unserved: list[str] = []
+    failed: dict[int, list[str]] = {1: [], 3: []}  # by exit status
+    rest = [f"message {number}" for number in range(count)]
     with relay(endpoint, faults.forward) as damaged:
-        rest = messages
+        once = ["--connect", damaged, "--timeout", str(TIMEOUT), "--retries", "0", *keys[1]]
         while rest:
-            once = ["--connect", damaged, "--timeout", "0.3", "--retries", "0", *keys[1]]
-            done = send(*once, input=lines(rest), timeout=600)
+            done = send(*once, input=lines(rest), timeout=800)
             replies = done.stdout.decode().splitlines()
             assert replies == rest[: len(replies)]
             replied += replies
+            rest = rest[len(replies) :]
             if done.returncode:
-                {1: unserved, 3: unknown}[done.returncode].append(rest[len(replies)])
-            rest = rest[len(replies) + (done.returncode > 0) :]
+                failed[done.returncode].append(rest.pop(0))
     server.popen.terminate()
     assert server.wait() == 0
     served = Counter(log.read_text().splitlines())
-    print(
-        f"{len(replied)} replies, {len(unknown)} unknown, {len(unserved)} not served; {dict(faults.done)}"
-    )
     assert set(served.values()) == {1}
     assert set(replied) <= set(served)
-    assert not set(unserved) & set(served)
-    assert unknown
+    assert not set(failed[1]) & set(served)
+    assert failed[3]
 
 
 @soak
@@ -158,31 +149,12 @@ def test_a_slow_link_is_waited_for_and_nothing_false_is_said(
     round_trip = 1.5 if keys[0] else 3
 
     def forward(data: bytes, target: socket.socket, _upstream: bool) -> None:
-        time.sleep(round_trip / 2)
+        time.sleep(round_trip / 2)  # that makes the link slow
         target.sendall(data)
 
     _, endpoint = serve(*keys[0])
     with relay(endpoint, forward) as slow:
         done = send("--connect", slow, *keys[1], *options, "x", timeout=60)
     assert (done.returncode, done.stdout) == (0, b"x\n")
-    told = "connected, but no ZeroMQ greeting yet|the ZeroMQ handshake is not finished yet|connected to|for a reply"
-    assert not [line for line in done.stderr.decode().splitlines() if not re.search(told, line)]
-
-
-@soak
-def test_a_healthy_server_on_a_busy_machine_is_never_suspected(
-    serve: Serve, send: Send, keys: tuple[list[str], list[str]]
-) -> None:
-    _, endpoint = serve("--quiet", *keys[0])
-    spinning = [
-        subprocess.Popen([sys.executable, "-c", "while True: pass"])
-        for _ in range(os.cpu_count() or 1)
-    ]
-    try:
-        for _ in range(200):
-            done = send("--connect", endpoint, *keys[1], "--timeout", "1", "x")
-            assert (done.returncode, done.stdout, done.stderr) == (0, b"x\n", b"")
-    finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
+    true = "no ZeroMQ greeting yet|handshake is not finished yet|connected to|for a reply"
+    assert not [line for line in done.stderr.decode().splitlines() if not re.search(true, line)]

@@ -20,6 +20,8 @@ from zmqmsg.sockets import Context
 
 from conftest import (
     COMMAND,
+    IPV6,
+    LIMIT,
     LINUX,
     POSIX,
     Process,
@@ -27,7 +29,6 @@ from conftest import (
     Serve,
     Start,
     await_end,
-    bind,
     free_endpoint,
     listening,
     open_server,
@@ -36,7 +37,7 @@ from conftest import (
 )
 from zmtp import OTHER_PROTOCOLS, Talk, command, echo_as_zmtp_1, echo_as_zmtp_2, greeting, say
 
-NOWHERE = "tcp://no.such.name.invalid:5555"
+NOWHERE = "tcp://a..b:5555"  # no name server is asked for such a name
 MUTE = "connected, but no ZeroMQ greeting yet"
 
 
@@ -49,6 +50,18 @@ def connects(*endpoints: str) -> list[str]:
     return [argument for endpoint in endpoints for argument in ("--connect", endpoint)]
 
 
+def exchange(sender: Process) -> list[str]:
+    """Send a line and read its reply; return the notices by then."""
+    sender.send_line(b"x")
+    assert sender.read_line() == b"x"
+    return sender.notices
+
+
+def retries_of(sender: Process) -> list[str]:
+    """Return the notices of further attempts."""
+    return [notice for notice in sender.notices if "retrying" in notice]
+
+
 # Replies
 
 
@@ -59,12 +72,12 @@ def connects(*endpoints: str) -> list[str]:
         ("tcp://127.0.0.1:*", r"tcp://127\.0\.0\.1:[1-9]\d*"),
         ("tcp://localhost:0", r"tcp://127\.0\.0\.1:[1-9]\d*"),
         pytest.param("tcp://lo:*", r"tcp://127\.0\.0\.1:[1-9]\d*", marks=LINUX),
-        ("tcp://[::1]:*", r"tcp://\[::1\]:[1-9]\d*"),
+        pytest.param("tcp://[::1]:*", r"tcp://\[::1\]:[1-9]\d*", marks=IPV6),
         ("ipc://{tmp_path}/a.sock", "ipc://{tmp_path}/a.sock"),
         pytest.param("ipc://@zmqmsg-test-{pid}", "ipc://@zmqmsg-test-{pid}", marks=LINUX),
     ],
 )
-def test_three_messages_are_printed_at_the_server_and_their_replies_at_the_client(
+def test_messages_are_printed_at_the_server_and_replies_at_the_client(
     serve: Serve, send: Send, tmp_path: Path, bound: str, to_connect: str
 ) -> None:
     names = {"tmp_path": tmp_path, "pid": os.getpid()}
@@ -74,7 +87,7 @@ def test_three_messages_are_printed_at_the_server_and_their_replies_at_the_clien
     connect = real.replace("127.0.0.1", "localhost")
     done = send("--connect", connect, "first message", "second message", "third message")
     lines = b"first message\nsecond message\nthird message\n"
-    assert (done.returncode, done.stdout, done.stderr) == (0, lines, b"")
+    assert (done.returncode, done.stdout) == (0, lines)
     assert server.finish() == (
         0,
         lines,
@@ -111,11 +124,14 @@ def test_send_before_serve_says_what_it_waits_for(
     )
 
 
-def drop_privilege() -> None:
-    ctypes.CDLL(None).prctl(
-        24, 1
-    )  # PR_CAPBSET_DROP, CAP_DAC_OVERRIDE: for root, modes count from now on, too
-    ctypes.CDLL(None).prctl(24, 2)  # CAP_DAC_READ_SEARCH
+PR_CAPBSET_DROP = 24
+CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH = 1, 2
+
+
+def respect_modes() -> None:
+    """Let the modes of files count for root, too."""
+    for capability in (CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH):
+        ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, capability)
 
 
 @LINUX
@@ -129,7 +145,7 @@ def test_an_ipc_path_without_permission_is_told_as_that(
     until(paths[1].exists)
     for forbidden in ("socket", "directory"):
         (tmp_path / forbidden).chmod(0)
-    sender = start("send", *connects(*endpoints), "x", preexec_fn=drop_privilege)
+    sender = start("send", *connects(*endpoints), "x", preexec_fn=respect_modes)
     for endpoint in endpoints:
         sender.wait_for_notice(f"waiting for {endpoint}: permission denied")
     (tmp_path / "directory").chmod(0o700)
@@ -141,10 +157,9 @@ def test_where_nobody_listens_the_system_says_why(start: Start, tmp_path: Path) 
         stale.bind(f"{tmp_path}/stale")
     (tmp_path / "file").touch()
     reasons = {
-        "tcp://127.0.0.1:1": "connection refused",
-        "tcp://[::1]:1": "connection refused",
-        "tcp://localhost:1": "connection refused",
-        "tcp://a..b:5555": "cannot resolve a..b: not a valid name",
+        free_endpoint(): "connection refused",
+        free_endpoint().replace("127.0.0.1", "localhost"): "connection refused",
+        NOWHERE: "cannot resolve a..b: not a valid name",
         f"ipc://{tmp_path}/stale": "connection refused",
         f"ipc://{tmp_path}/file/below": "not a directory",
     }
@@ -156,7 +171,11 @@ def test_where_nobody_listens_the_system_says_why(start: Start, tmp_path: Path) 
 CONNECT_TO_ITSELF = """
 import socket
 connect = socket.socket.connect
-socket.socket.connect = lambda self, address: (self.bind(address), connect(self, address))
+def connect_from_there(self, address):
+    self.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    self.bind(address)
+    connect(self, address)
+socket.socket.connect = connect_from_there
 """
 
 
@@ -168,77 +187,65 @@ def test_a_socket_that_is_connected_to_itself_counts_as_refused(
     path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     endpoint = free_endpoint()
     sender = start("send", "--connect", endpoint, "x", env=os.environ | {"PYTHONPATH": path})
-    assert first_notice(sender) == f"waiting for {endpoint}: connection refused"
+    sender.wait_for_notice(f"waiting for {endpoint}: connection refused")
 
 
 NO_CURVE = "it does not use CURVE: is it the right server?"
 TOO_OLD = "which is too old for CURVE"
 LONG_READY = b"\6" + (300).to_bytes(8) + b"\5READY\x0bSocket-Type\0\0\0\3SUB" + bytes(275)
+ZMTP_2_PULL = greeting()[:10] + b"\1\7\0\0"
 
+# Listeners that can never answer, and what is said of them
 WRONG: list[tuple[Talk, str]] = [
     *((talk, f"it does not speak ZeroMQ; it says '{words}") for talk, words in OTHER_PROTOCOLS),
     (partial(say, greeting(b"PLAIN")), "it requires PLAIN, which zmqmsg does not speak"),
     (partial(say, greeting(b"CURVE")), "it requires CURVE; pass --server-key"),
-    (
-        partial(say, greeting()[:10] + b"\1\7\0\0"),
-        "it is a PULL socket, not a REP or ROUTER",
-    ),  # of ZMTP 2
+    (partial(say, ZMTP_2_PULL), "it is a PULL socket, not a REP or ROUTER"),
     (partial(say, greeting() + LONG_READY), "it is a SUB socket, not a REP or ROUTER"),
 ]
 WRONG_WITH_CURVE: list[tuple[Talk, str]] = [
     *((talk, f"it does not speak ZeroMQ; it says '{words}") for talk, words in OTHER_PROTOCOLS),
     (partial(say, greeting(b"PLAIN")), "it requires PLAIN, which zmqmsg does not speak"),
-    (partial(say, greeting()), NO_CURVE),
+    (partial(say, greeting() + LONG_READY), NO_CURVE),
     (echo_as_zmtp_2, f"it speaks ZMTP 2, {TOO_OLD}"),
     (echo_as_zmtp_1, f"it speaks ZMTP 1, {TOO_OLD}"),
     (partial(say, b"\6\0alice"), f"it speaks ZMTP 1, {TOO_OLD}"),  # with an identity
 ]
-WRONG_TYPES = [
-    zmq.PUB,
-    zmq.PUSH,
-    zmq.REQ,
-    zmq.PAIR,
-    zmq.PULL,
-    zmq.SUB,
-    zmq.DEALER,
-    zmq.XPUB,
-    zmq.XSUB,
-]
+
+
+def assert_hopeless(send: Send, wrong: list[tuple[Talk, str]], *options: str) -> None:
+    """Connect to all ``wrong`` listeners at once; ``send`` ends by itself, and says why."""
+    with ExitStack() as stack:
+        reasons = {stack.enter_context(listening(talk)): reason for talk, reason in wrong}
+        done = send(*connects(*reasons), *options, "x")
+    assert (done.returncode, done.stdout) == (1, b"")
+    last = done.stderr.decode().splitlines()[-1]
+    expected = [f"{endpoint}: {reason}" for endpoint, reason in reasons.items()]
+    assert [each for each in expected if each not in last] == []
+
+
+def test_send_ends_when_all_its_endpoints_can_never_answer(send: Send) -> None:
+    assert_hopeless(send, WRONG)
+
+
+def test_send_with_curve_ends_when_all_its_endpoints_can_never_answer(
+    send: Send, tmp_path: Path
+) -> None:
+    (tmp_path / "any.key").write_bytes(zmq.curve_keypair()[0])
+    assert_hopeless(send, WRONG_WITH_CURVE, "--server-key", f"{tmp_path}/any.key")
 
 
 @pytest.mark.parametrize(
-    "options", [[], ["--timeout", "15"], ["--server-key", "any.key"]], ids=["", "timeout", "CURVE"]
+    "name", ["PUB", "PUSH", "REQ", "PAIR", "PULL", "SUB", "DEALER", "XPUB", "XSUB"]
 )
-def test_send_ends_at_once_when_all_its_endpoints_can_never_answer(
-    context: Context, send: Send, tmp_path: Path, options: list[str]
+def test_a_socket_that_can_never_answer_is_told_by_its_type(
+    context: Context, send: Send, name: str
 ) -> None:
-    curve = "--server-key" in options
-    (tmp_path / "any.key").write_bytes(zmq.curve_keypair()[0])
-    reasons: dict[str, str] = {}
-    with ExitStack() as stack:
-        for talk, reason in WRONG_WITH_CURVE if curve else WRONG:
-            reasons[stack.enter_context(listening(talk))] = reason
-        for socket_type in WRONG_TYPES:
-            server, endpoint = open_server(context, socket_type)
-            stack.enter_context(server)
-            reasons[endpoint] = (
-                NO_CURVE if curve else f"it is a {socket_type.name} socket, not a REP or ROUTER"
-            )
-        done = send(*connects(*reasons), *options, "x", cwd=tmp_path)
-    assert (done.returncode, done.stdout) == (1, b"")
-    last = done.stderr.decode().splitlines()[-1]
-    assert [
-        endpoint for endpoint, reason in reasons.items() if f"{endpoint}: {reason}" not in last
-    ] == []
-
-
-def test_a_single_endpoint_that_can_never_answer_is_told_in_one_line(
-    context: Context, send: Send
-) -> None:
-    _publisher, endpoint = open_server(context, zmq.PUB)
+    _server, endpoint = open_server(context, zmq.SocketType[name])
     done = send("--connect", endpoint, "x")
     assert (done.returncode, done.stdout) == (1, b"")
-    assert done.stderr.decode() == f"zmqmsg: {endpoint}: it is a PUB socket, not a REP or ROUTER\n"
+    last = done.stderr.decode().splitlines()[-1]
+    assert last == f"zmqmsg: {endpoint}: it is a {name} socket, not a REP or ROUTER"
 
 
 @pytest.mark.parametrize(
@@ -254,165 +261,156 @@ def test_a_server_that_lets_nobody_in_without_keys_is_told_as_that(
     """In ZAP, ZeroMQ's authentication protocol, status 400 is for good, and 500 is not."""
     refusal = greeting() + command(b"ERROR", b"\x03" + status)
     with listening(partial(say, refusal)) as endpoint:
-        assert first_notice(start("send", "--connect", endpoint, "x")) == notice.format(endpoint)
+        sender = start("send", "--connect", endpoint, "x")
+        sender.wait_for_notice(f"zmqmsg: {notice.format(endpoint)}")
 
 
-def test_a_mute_port_gets_nothing_and_is_told_as_that(start: Start) -> None:
+def test_a_mute_port_may_be_the_wrong_one_or_a_hung_server(start: Start) -> None:
+    with listening(partial(say, b"")) as endpoint:
+        sender = start("send", "--connect", endpoint, "x")
+        sender.wait_for_notice(f"waiting for {endpoint}: {MUTE}$")
+        sender.wait_for_notice(f"waiting for {endpoint}: {MUTE}; wrong port, or a hung server")
+
+
+def test_a_server_that_becomes_mute_may_be_hung(start: Start) -> None:
     with listening(echo_as_zmtp_2) as endpoint:
-        former = start("send", "--connect", endpoint, "--timeout", "8", "--retries", "0")
-        exchange(former)
+        sender = start("send", "--connect", endpoint)
+        exchange(sender)
+    await_end(endpoint)
     with listening(partial(say, b""), endpoint):
-        former.send_line(b"two")
-        hasty = start("send", "--connect", endpoint, "--timeout", "0.4", "x")
-        patient = start("send", "--connect", endpoint, "x")
-        no_server = f"zmqmsg: no server at {endpoint} within"
-        status, _, (only,) = hasty.finish()
-        assert (status, only.startswith(f"{no_server} 0.4 s: {MUTE} (1 attempt, ")) == (1, True)
-        patient.wait_for_notice("hung server")
-        waiting = f"zmqmsg: waiting for {endpoint}: {MUTE}"
-        assert patient.notices == [waiting, f"{waiting}; wrong port, or a hung server?"]
-        status, _, notices = former.finish()
-    assert (status, f"{no_server} 8 s: {MUTE}; the server may be hung" in notices[-1]) == (1, True)
+        sender.send_line(b"x")
+        sender.wait_for_notice(f"waiting for {endpoint}: {MUTE}; the server may be hung")
 
 
 @pytest.mark.parametrize("talk", [echo_as_zmtp_1, echo_as_zmtp_2])
-def test_an_old_peer_serves_within_a_second_and_after_a_restart(start: Start, talk: Talk) -> None:
-    """libzmq reports no handshake of ZMTP 1 and 2."""
+def test_an_old_peer_serves_without_delay_and_after_a_restart(start: Start, talk: Talk) -> None:
+    """libzmq reports no handshake of ZMTP 1 and 2; a look after 5 s would come too late here."""
     with listening(talk) as endpoint:
-        started = time.monotonic()
-        sender = start("send", "--connect", endpoint, "--timeout", "1")
+        sender = start("send", "--connect", endpoint, "--timeout", "4")
         exchange(sender)
-        assert time.monotonic() - started < 5  # on a busy machine; 0.6 s otherwise
-        assert sender.notices == []
+    await_end(endpoint)
     with listening(talk, endpoint):
         exchange(sender)
         sender.send_line(b"poison")
-        status, output, notices = sender.finish()
+        status, output, _ = sender.finish()
     assert (status, output) == (3, b"")
     lost = f"zmqmsg: connection to {endpoint} lost; retrying"
-    retries = [notice for notice in notices if "retrying" in notice]
-    assert retries[-3:] == [f"{lost} ({number} of 3)" for number in (1, 2, 3)]
+    assert retries_of(sender)[-3:] == [f"{lost} ({number} of 3)" for number in (1, 2, 3)]
 
 
 # Giving up
 
 
-def test_a_message_is_given_up_at_once_if_no_server_was_there_since_the_start(send: Send) -> None:
-    done = send("--connect", NOWHERE, "--timeout", "0.4", "x", "never sent")
+def test_a_message_is_given_up_if_no_server_was_there_since_the_start(send: Send) -> None:
+    with listening(partial(say, b"")) as endpoint:
+        done = send("--connect", endpoint, "--timeout", "4", "x", "never sent")
     assert (done.returncode, done.stdout) == (1, b"")
-    expected = rf"zmqmsg: no server at {NOWHERE} within 0\.4 s: .+ \(1 attempt, .* s\)\n"
-    assert re.fullmatch(expected, done.stderr.decode())
+    expected = rf"zmqmsg: no server at {endpoint} within 4 s: {MUTE} \(1 attempt, .* s\)"
+    assert re.fullmatch(expected, done.stderr.decode().splitlines()[-1])
 
 
-def test_a_request_whose_time_is_over_is_sent_again_until_the_retries_are_used_up(
+def test_a_request_without_a_reply_is_sent_again_until_the_retries_are_over(
     context: Context, start: Start
 ) -> None:
     mute, endpoint = open_server(context, zmq.ROUTER)
     long = "x" * 41
-    sender = start(
-        "send", "--connect", endpoint, "--timeout", "0.6", "--retries", "2", long, "never sent"
-    )
+    options = ["--connect", endpoint, "--timeout", "1", "--retries", "2"]
+    sender = start("send", *options, long, "never sent")
     assert [mute.recv_multipart()[2] for _ in range(3)] == [long.encode()] * 3
     status, output, (*notices, last) = sender.finish()
-    late = f"no reply from {endpoint} within 0.6 s"
+    late = f"no reply from {endpoint} within 1 s"
     assert (status, output) == (3, b"")
     assert notices == [f"zmqmsg: {late}; retrying ({attempt} of 2)" for attempt in (1, 2)]
-    found = re.search(
-        rf"no reply to '{'x' * 40}'\.\.\. \(3 attempts, (.*) s\): {late}; .*slow or hung", last
-    )
+    told = rf"no reply to '{'x' * 40}'\.\.\. \(3 attempts, (.*) s\): {late}; .*slow or hung"
+    found = re.search(told, last)
     assert found
-    assert 1.8 <= float(found[1]) < 6
-    assert not mute.poll(200)
+    assert float(found[1]) >= 3
+    assert not mute.poll(200)  # nothing more has been sent
 
 
 def test_one_clock_runs_for_connecting_and_replying(context: Context, start: Start) -> None:
     mute, endpoint = open_server(context, zmq.REP)
-    delays = iter([0.6])
+    delays = iter([2.5])
 
     def delay_the_first(data: bytes, target: socket.socket, _upstream: bool) -> None:
         time.sleep(next(delays, 0))
         target.sendall(data)
 
     with relay(endpoint, delay_the_first) as late:
-        sender = start("send", "--connect", late, "--timeout", "1.5", "--retries", "0", "x")
+        sender = start("send", "--connect", late, "--timeout", "4", "--retries", "0", "x")
         assert mute.recv() == b"x"
         status, _, notices = sender.finish()
     found = re.search(r"no reply to 'x' \(1 attempt, (.*) s\)", notices[-1])
     assert found
     assert status == 3
-    assert 1.5 <= float(found[1]) < 6
+    assert 4 <= float(found[1]) < 6.5
 
 
-@pytest.mark.parametrize("sent", [True, False])
-def test_an_attempt_that_finds_no_server_any_more_is_one_of_the_retries(
-    context: Context, start: Start, sent: bool
-) -> None:
-    """The exit status tells whether the message may have been served."""
+@pytest.fixture
+def served(context: Context, start: Start) -> tuple[Process, zmq.Socket[bytes], str]:
+    """A sender with two retries whose first request was served, the server, and its endpoint."""
     server, endpoint = open_server(context, zmq.REP)
-    sender = start("send", "--verbose", "--connect", endpoint, "--timeout", "0.6", "--retries", "2")
+    sender = start("send", "--connect", endpoint, "--timeout", "1", "--retries", "2")
     sender.send_line(b"before")
     server.send(server.recv())
     assert sender.read_line() == b"before"
-    if not sent:
-        server.close()
-        await_end(endpoint)
+    return sender, server, endpoint
+
+
+def test_a_request_that_finds_no_server_any_more_was_certainly_not_served(
+    served: tuple[Process, zmq.Socket[bytes], str],
+) -> None:
+    sender, server, endpoint = served
+    server.close()
+    await_end(endpoint)
     sender.send_line(b"x")
-    if sent:
-        assert server.recv() == b"x"
-        server.close()
     status, _, notices = sender.finish()
-    retries = [notice for notice in notices if "retrying" in notice]
-    gone = f"no server at {endpoint} within 0.6 s: "
-    assert (status, len(retries)) == (3 if sent else 1, 2)
-    assert (f"connection to {endpoint} lost; retrying (1 of 2)" if sent else gone) in retries[0]
-    assert gone in retries[1]
+    gone = f"no server at {endpoint} within 1 s: "
+    assert (status, len(retries_of(sender))) == (1, 2)
+    assert all(gone in retry for retry in retries_of(sender))
+    assert re.search(rf"{gone}.*\(3 attempts, .* s\)", notices[-1])
+    assert "crashed" not in notices[-1]
+
+
+def test_a_request_whose_server_has_gone_with_it_may_have_been_served(
+    served: tuple[Process, zmq.Socket[bytes], str],
+) -> None:
+    sender, server, endpoint = served
+    sender.send_line(b"x")
+    assert server.recv() == b"x"
+    server.close()
+    status, _, notices = sender.finish()
+    lost, gone = retries_of(sender)
+    assert status == 3
+    assert f"connection to {endpoint} lost; retrying (1 of 2)" in lost
+    assert f"no server at {endpoint} within 1 s: " in gone
     assert re.search(
-        rf"no reply to 'x' \(3 attempts, .* s\): {gone}"
-        if sent
-        else rf"{gone}.*\(3 attempts, .* s\)",
+        rf"no reply to 'x' \(3 attempts, .* s\): no server at {endpoint} .*may have crashed",
         notices[-1],
     )
-    assert ("the request may have crashed the server" in notices[-1]) is sent
 
 
 # Several endpoints
 
 
-def test_requests_go_round_robin_among_more_endpoints_than_there_are_io_threads(
-    serve: Serve, start: Start
-) -> None:
-    count = 70
-    server, _ = serve("--quiet", *["--bind", "tcp://127.0.0.1:*"] * count)
-    until(lambda: len(server.notices) == count)
-    endpoints = [notice.rpartition(" ")[2] for notice in server.notices]
-    sender = start("send", "--verbose", *connects(*endpoints))
-
-    def all_are_ready() -> bool:
-        return sum("connected to" in notice for notice in exchange(sender)) == count
-
-    until(all_are_ready)
+def test_requests_go_round_robin_among_many_endpoints(serve: Serve, start: Start) -> None:
+    count = 40
+    bound = [free_endpoint() for _ in range(count)]
+    serve("--quiet", *(option for endpoint in bound for option in ("--bind", endpoint)))
+    sender = start("send", "--verbose", *connects(*bound))
+    until(lambda: sum("connected to" in notice for notice in exchange(sender)) == count)
     for _ in range(2 * count):
         exchange(sender)
     assert sender.finish()[0] == 0
     order = replied(sender)[-2 * count :]
-    assert sorted(order[:count]) == sorted(endpoints)
+    assert sorted(order[:count]) == sorted(bound)
     assert order == order[:count] * 2
-
-
-def exchange(sender: Process) -> list[str]:
-    """Send a line and read its reply; return the notices by then."""
-    sender.send_line(b"x")
-    assert sender.read_line() == b"x"
-    return sender.notices
 
 
 def replied(sender: Process) -> list[str]:
     """Return the endpoints that --verbose has named, in the order of their replies."""
-    return [
-        found[1]
-        for notice in sender.notices
-        if (found := re.search("reply from (.*): 1 frame", notice))
-    ]
+    found = (re.search("reply from (.*): 1 frame", notice) for notice in sender.notices)
+    return [match[1] for match in found if match]
 
 
 @POSIX
@@ -427,43 +425,52 @@ def test_dead_and_frozen_servers_among_living_ones_hold_nobody_up(
     assert b"retrying" not in done.stderr
 
 
-@pytest.mark.parametrize("replaced", [False, True], ids=["from the start", "in the middle"])
-@pytest.mark.parametrize(
-    "bad", ["refused: the server does not know this key", "it is a PUB socket"]
-)
-def test_one_bad_endpoint_among_several_harms_no_good_one(
-    context: Context, serve: Serve, start: Start, tmp_path: Path, bad: str, replaced: bool
-) -> None:
-    curve = "key" in bad
-    key = ["--key", f"{tmp_path}/server.key_secret"] * curve
-    server_key = ["--server-key", f"{tmp_path}/server.key"] * curve
-    good_server, good = serve("--quiet", *key)
-    former_server, endpoint = serve("--quiet", *key) if replaced else (good_server, free_endpoint())
-
-    publisher = context.socket(zmq.PUB)
-
-    def bind_bad() -> None:
-        if curve:
-            (tmp_path / "nobody").mkdir()
-            serve("--bind", endpoint, *key, "--client-keys", f"{tmp_path}/nobody")
-        else:
-            bind(publisher, endpoint)
-
-    if not replaced:
-        bind_bad()
-    sender = start("send", "--verbose", *server_key, *connects(endpoint, good))
-    exchange(sender)
-    if replaced:
-        until(lambda: f"zmqmsg: connected to {endpoint}" in exchange(sender))
-        former_server.close()
-        bind_bad()
-        exchange(sender)
+def assert_harmless(sender: Process, good: str, *reasons: str) -> None:
+    """Send until all ``reasons`` are told; all replies are good ones, and nothing is sent twice."""
     replies_before = len(replied(sender))
-    until(lambda: any(bad in notice for notice in exchange(sender)))
+
+    def all_are_told() -> bool:
+        notices = [notice for notice in exchange(sender) if "waiting for" in notice]
+        return all(any(reason in notice for notice in notices) for reason in reasons)
+
+    until(all_are_told)
     assert sender.finish()[0] == 0
     assert set(replied(sender)[replies_before:]) == {good}
-    assert sum(bad in notice for notice in sender.notices) == 1
-    assert not any("retrying" in notice for notice in sender.notices)
+    assert retries_of(sender) == []
+
+
+def test_bad_endpoints_harm_no_good_one(
+    context: Context, serve: Serve, start: Start, tmp_path: Path
+) -> None:
+    _open_server, open_endpoint = open_server(context, zmq.REP)
+    key = ["--key", f"{tmp_path}/server.key_secret"]
+    _, good = serve("--quiet", *key)
+    (tmp_path / "nobody").mkdir()
+    _, refusing = serve(*key, "--client-keys", f"{tmp_path}/nobody")
+    options = ["--verbose", "--server-key", f"{tmp_path}/server.key"]
+    sender = start("send", *options, *connects(refusing, open_endpoint, good))
+    assert_harmless(sender, good, "it refused: the server does not know this key", NO_CURVE)
+
+
+def test_an_endpoint_that_becomes_bad_harms_no_good_one(
+    context: Context, echo: str, serve: Serve, start: Start
+) -> None:
+    server, endpoint = serve("--quiet")
+    sender = start("send", "--verbose", *connects(endpoint, echo))
+    until(lambda: f"zmqmsg: connected to {endpoint}" in exchange(sender))
+    server.close()
+    await_end(endpoint)
+    _publisher, _ = open_server(context, zmq.PUB, endpoint)
+    assert_harmless(sender, echo, "it is a PUB socket")
+
+
+@POSIX
+def test_there_may_be_more_endpoints_than_libzmq_has_sockets(
+    echo: str, send: Send, tmp_path: Path
+) -> None:
+    nobody = connects(*(f"ipc://{tmp_path}/{number}" for number in range(400)))
+    done = send(*nobody, "--connect", echo, "hi")
+    assert (done.returncode, done.stdout) == (0, b"hi\n")
 
 
 # --verbose
@@ -489,11 +496,11 @@ def test_verbose_gives_the_time_of_the_attempt_that_brought_the_reply(
     context: Context, start: Start
 ) -> None:
     server, endpoint = open_server(context, zmq.ROUTER)
-    sender = start("send", "--verbose", "--connect", endpoint, "--timeout", "1", "x")
+    sender = start("send", "--verbose", "--connect", endpoint, "--timeout", "2", "x")
     server.recv_multipart()
     server.send_multipart(server.recv_multipart())
     sender.finish()
-    assert float(sender.wait_for_notice("1 frame, 1 byte, (.*) ms")[1]) < 1000
+    assert float(sender.wait_for_notice("1 frame, 1 byte, (.*) ms")[1]) < 2000
     assert not any("min/avg/max" in notice for notice in sender.notices)
 
 
@@ -502,10 +509,12 @@ def test_verbose_reports_connections_as_they_come_and_go(serve: Serve, start: St
     sender = start("send", "--verbose", "--connect", endpoint)
     exchange(sender)
     server.close()
+    await_end(endpoint)
     serve("--bind", endpoint)
     exchange(sender)
-    assert f"zmqmsg: connection to {endpoint} lost" in sender.notices
-    assert sender.finish()[2].count(f"zmqmsg: connected to {endpoint}") == 2
+    told = [notice for notice in sender.finish()[2] if re.search("connect(ed|ion) to", notice)]
+    connected, lost = f"zmqmsg: connected to {endpoint}", f"zmqmsg: connection to {endpoint} lost"
+    assert told == [connected, lost, connected]
 
 
 # Ctrl-C
@@ -517,28 +526,23 @@ def test_every_wait_is_told_with_its_reason_and_ended_by_ctrl_c(
 ) -> None:
     server, frozen = serve()
     server.signal(signal.SIGSTOP)
-    dying, lost = open_server(context, zmq.REP)
     _mute, unanswering = open_server(context, zmq.REP)
     nobody = free_endpoint()
     reasons = {
         nobody: f"waiting for {nobody}: connection refused",
-        lost: f"waiting for {lost}: connection refused",
-        NOWHERE: f"waiting for {NOWHERE}: cannot resolve no.such.name.invalid: ",
+        NOWHERE: f"waiting for {NOWHERE}: cannot resolve a..b: ",
         unanswering: f"waiting for a reply from {unanswering}",
         frozen: f"waiting for {frozen}: {MUTE}",
     }
     senders = {endpoint: start("send", "--connect", endpoint, "x") for endpoint in reasons}
-    dying.recv()
-    dying.close()
     for endpoint, sender in senders.items():
         sender.wait_for_notice(re.escape(reasons[endpoint]))
         interrupt(sender)
-        assert reasons[endpoint] in sender.notices[-2]
 
 
 def interrupt(sender: Process) -> None:
     sender.signal(signal.SIGINT)
-    assert sender.wait(5) == -signal.SIGINT
+    assert sender.wait() == -signal.SIGINT
 
 
 @POSIX
@@ -549,20 +553,21 @@ def test_ctrl_c_ends_a_wait_for_the_reader_of_the_replies(echo: str, start: Star
     interrupt(sender)
 
 
+@POSIX
 @pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_ctrl_c_stops_a_shell_loop_around_send() -> None:
     """It would go on if ``send`` met the signal and exited, even with status 130."""
-    command = (
-        f"while :; do {shlex.join([*COMMAND, 'send', '--connect', free_endpoint(), 'x'])}; done"
-    )
+    client = shlex.join([*COMMAND, "send", "--connect", free_endpoint(), "x"])
     with subprocess.Popen(
-        ["bash", "-c", command], stderr=subprocess.PIPE, start_new_session=True
+        ["bash", "-c", f"while :; do {client}; done"],
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     ) as loop:
         try:
             assert loop.stderr
             assert b"waiting for" in loop.stderr.readline()
             os.killpg(loop.pid, signal.SIGINT)
-            assert loop.wait(5) == -signal.SIGINT
+            assert loop.wait(LIMIT) == -signal.SIGINT
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(loop.pid, signal.SIGKILL)
@@ -578,23 +583,3 @@ def test_where_ctrl_c_is_ignored_it_stays_so(echo: str, start: Start) -> None:
         exchange(sender)
         sender.signal(signal.SIGINT)
     assert sender.finish()[0] == 0
-
-
-# Beyond the usual
-
-
-def test_an_endpoint_as_a_message_is_sent_with_a_notice(send: Send) -> None:
-    done = send(
-        "--timeout", "0.1", "tcp://127.0.0.1:1", "hi", env=os.environ | {"ZMQMSG_SEND_RETRIES": "0"}
-    )
-    assert (
-        b"zmqmsg: 'tcp://127.0.0.1:1' is sent as a message; to connect there, use --connect\n"
-        in done.stderr
-    )
-
-
-@POSIX
-def test_there_may_be_more_endpoints_than_libzmq_has_sockets(echo: str, send: Send) -> None:
-    nobody = connects(*(f"tcp://127.0.0.1:{port}" for port in range(1, 400)))
-    done = send(*nobody, "--connect", echo, "hi")
-    assert (done.returncode, done.stdout) == (0, b"hi\n")

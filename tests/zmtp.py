@@ -1,4 +1,7 @@
-"""What peers say by hand: frames and handshakes of ZMTP 3 (rfc.zeromq.org/spec/23), and listeners of all kinds."""
+"""What peers say by hand: frames and handshakes of ZMTP 3, and listeners of all kinds.
+
+ZMTP 3 is described at https://rfc.zeromq.org/spec/23.
+"""
 
 import socket
 import struct
@@ -6,9 +9,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-Talk = Callable[
-    [socket.socket], object
-]  # what a listener does with a connection; at its end, the connection is closed
+# What a listener does with a connection, which is closed at its end.
+Talk = Callable[[socket.socket], object]
 
 
 def greeting(
@@ -56,11 +58,10 @@ def say_and_hang_up(words: bytes, connection: socket.socket) -> None:
 
 
 def echo_as_zmtp_2(connection: socket.socket) -> None:
-    """Echo as a REP socket of ZMTP 2 does: small frames of flags, length, body. Hang up at poison."""
+    """Echo small messages as a REP socket of ZMTP 2 does; hang up at poison."""
     with connection.makefile("rb") as stream:
-        connection.sendall(
-            b"\xff\0\0\0\0\0\0\0\1\x7f\1\4\0\0"
-        )  # signature; revision, type; identity
+        # Signature; revision and socket type; identity.
+        connection.sendall(b"\xff\0\0\0\0\0\0\0\1\x7f\1\4\0\0")
         stream.read(10 + 2 + 2)
         while delimiter := stream.read(2):
             assert delimiter == b"\1\0"
@@ -72,10 +73,10 @@ def echo_as_zmtp_2(connection: socket.socket) -> None:
 
 
 def echo_as_zmtp_1(connection: socket.socket) -> None:
-    """Echo as a REP socket of ZMTP 1 does: small frames of length, flags, body. Hang up at poison."""
+    """Echo small messages as a REP socket of ZMTP 1 does; hang up at poison."""
     with connection.makefile("rb") as stream:
         connection.sendall(b"\1\0")  # an empty identity
-        # libzmq begins with a signature, whose first ten bytes a peer of ZMTP 1 takes for a long identity, of no bytes.
+        # libzmq begins with a signature of ten bytes. Read as ZMTP 1, that is an empty identity.
         stream.read(10)
         while delimiter := stream.read(2):
             assert delimiter == b"\1\1"
@@ -89,10 +90,8 @@ def echo_as_zmtp_1(connection: socket.socket) -> None:
 HTTP = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 15\r\n\r\n400 Bad Request"
 
 OTHER_PROTOCOLS: list[tuple[Talk, str]] = [
-    (
-        partial(say, b"SSH-2.0-OpenSSH_9.6\r\n"),
-        r"SSH-2.0-OpenSSH_9.6\r\n",
-    ),  # libzmq takes it for ZMTP 1
+    # libzmq takes it for ZMTP 1.
+    (partial(say, b"SSH-2.0-OpenSSH_9.6\r\n"), r"SSH-2.0-OpenSSH_9.6\r\n"),
     (partial(say, b"220 mail.example.org ESMTP\r\n"), r"220 mail.example.org ESMTP\r\n"),
     (partial(say_and_hang_up, HTTP), r"HTTP/1.1 400 Bad Request\r\n"),
     (partial(say, b"\xff\xfd\x18\xff\xfd\x20\xff\xfd\x23\xff\xfd\x27"), r"\xff\xfd\x18"),  # Telnet
