@@ -43,7 +43,7 @@ def feed(process: Process, lines: Sequence[bytes], pace: float) -> None:
     with suppress(BrokenPipeError):
         for line in lines:
             process.send_line(line)
-            time.sleep(pace)
+            time.sleep(pace)  # so that a kill also hits a sender that waits
 
 
 def count_served(server: Process) -> int:
@@ -89,7 +89,7 @@ def test_every_reply_comes_once_and_in_order_though_the_server_is_killed(
 @pytest.mark.parametrize(
     ("restarts", "senders", "each"), [(2, 4, 150), pytest.param(8, 20, 200, id="full", marks=soak)]
 )
-def test_every_request_is_served_exactly_once_though_the_server_is_replaced(
+def test_every_request_is_served_once_though_the_server_is_replaced(
     serve: Serve, start: Start, tmp_path: Path, restarts: int, senders: int, each: int
 ) -> None:
     requests = [

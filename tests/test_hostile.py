@@ -206,7 +206,7 @@ def is_cut_off(connection: socket.socket) -> bool:
 
 @pytest.mark.parametrize("connections", [100, pytest.param(5000, marks=soak)])
 @pytest.mark.parametrize("keyed", [False, True], ids=["open", "keyed"])
-def test_a_flood_of_rubbish_harms_no_honest_client_and_leaves_nothing_behind(
+def test_a_flood_of_rubbish_harms_no_honest_client_and_leaves_nothing(
     serve: Serve, start: Start, tmp_path: Path, keyed: bool, connections: int
 ) -> None:
     _, secret = zmq.auth.create_certificates(tmp_path, "client")
