@@ -20,11 +20,11 @@ import zmq
 
 import zmqmsg
 from zmqmsg.answers import Answer
-from zmqmsg.attendant import Attendant
-from zmqmsg.console import Form
 from zmqmsg.listener import bound
+from zmqmsg.messages import Form
 from zmqmsg.serve import Server
 from zmqmsg.sockets import Context, Socket, open_socket
+from zmqmsg.stopping import Guard
 
 COMMAND = [sys.executable, "-m", "zmqmsg"]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="needs Linux")
@@ -461,8 +461,12 @@ def answering(
     context: Context, answer: Answer, count: int, endpoint: str = "inproc://server"
 ) -> Iterator[str]:
     """Let a Server answer ``count`` requests in a thread; the context gets the real endpoint."""
-    with open_socket(context, zmq.REP, linger=1000) as socket, bound(socket, endpoint) as real:
-        server = Server(answer, Attendant(), count=count)
+    guard = Guard(None)
+    with (
+        open_socket(context, zmq.REP, linger=1000) as socket,
+        bound(socket, endpoint, guard.stop) as real,
+    ):
+        server = Server(answer, guard, count=count)
         thread = threading.Thread(target=server.run, args=([socket],))
         thread.start()
         yield real

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from zmqmsg.answers import Command
-from zmqmsg.attendant import Attendant
-from zmqmsg.console import Form
+from zmqmsg.messages import Form
 from zmqmsg.sockets import Context
+from zmqmsg.stopping import Guard
 
 from conftest import PLAIN, POSIX, QUOTED, answering, ask
 
@@ -22,7 +22,8 @@ def reply(
     context: Context, text: str, *requests: list[bytes], form: Form = PLAIN
 ) -> list[list[bytes]]:
     """Let a command reply to ``requests``, each a list of frames, and return the replies."""
-    with answering(context, Command(text, form, Attendant(), 1 << 26), len(requests)) as endpoint:
+    command = Command(text, form, 1 << 26, Guard(None), reads_lines=form.quoted)
+    with answering(context, command, len(requests)) as endpoint:
         return [ask(context, endpoint, *request) for request in requests]
 
 

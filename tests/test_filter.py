@@ -145,13 +145,16 @@ def started(server: Process) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    "command", ["exec cat", "trap '' TERM INT HUP; cat; sleep 600", "sleep 600 & cat"]
+    ("command", "status"),
+    [("exec cat", 0), ("trap '' TERM INT HUP; cat; sleep 600", 1), ("sleep 600 & cat", 0)],
 )
-def test_a_signal_ends_the_filter_with_its_input_or_by_force(serve: Serve, command: str) -> None:
+def test_a_signal_ends_the_filter_with_its_input_or_by_force(
+    serve: Serve, command: str, status: int
+) -> None:
     server, _ = serve("--filter", f"echo $$ >&2; {command}")
     pids = started(server)
     server.signal(signal.SIGTERM)
-    assert server.finish()[0] == 0
+    assert server.finish()[0] == status
     until(lambda: not any(map(is_running, pids)))
 
 

@@ -11,8 +11,8 @@ from zmqmsg.sockets import Context
 
 from conftest import LIMIT, POSIX, Send, Serve, address, ask, stop
 
-FAILED = "zmqmsg: a client from (127.0.0.1|an unknown address) did not get through: "
-HUNG_UP = "the handshake was broken off: its socket is no REQ or DEALER"
+FAILED = "zmqmsg: a client from 127.0.0.1 did not get through: "
+HUNG_UP = "it hung up during the handshake"
 
 
 @pytest.mark.parametrize("socket_type", [zmq.PUSH, zmq.SUB])

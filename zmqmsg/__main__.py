@@ -9,35 +9,66 @@ import sys
 
 def main() -> None:
     """Run the command line and end the process with its exit status."""
+    # With its usual threshold, the collector goes through all that is imported again and again:
+    # 12 % of the instructions of `zmqmsg send hi`.
+    gc.set_threshold(100_000)
     end_at_once_by_default()
-    gc.disable()  # until all is imported
+    occupy_closed_streams()
+    status = run_command_line()
+    # Not sys.exit(): before the process ends, Python gives signals their default action again, and
+    # one that comes then would change the status.
+    os._exit(status)
 
+
+def run_command_line() -> int:
+    """Run the command line and return its exit status; errors become one line."""
     import click  # only now, so that Ctrl-C during the imports is silent, too
 
     from zmqmsg.cli import cli
-    from zmqmsg.console import show_error
-    from zmqmsg.system import READER_GONE
+    from zmqmsg.notices import Failure, show_error
+    from zmqmsg.system import READER_GONE, exact_arguments
 
     try:
         # On Windows, click would expand *, ?, ~ and %VAR% in all arguments.
-        sys.exit(cli.main(prog_name="zmqmsg", standalone_mode=False, windows_expand_args=False))
+        cli.main(
+            exact_arguments(),
+            prog_name="zmqmsg",
+            standalone_mode=False,
+            windows_expand_args=False,
+        )
+        sys.stdout.flush()
     except click.ClickException as error:
         show_error(error)
-        sys.exit(error.exit_code)
+        return error.exit_code
     except MemoryError:
-        show_error(click.ClickException("out of memory"))
-        sys.exit(1)
+        show_error(Failure("out of memory"))
+        return 1
+    except UnicodeEncodeError as error:
+        shown = error.object.encode(errors="backslashreplace").decode()
+        show_error(
+            Failure(f"the encoding {error.encoding} of this locale cannot express '{shown}'")
+        )
+        return 1
     except OSError as error:
-        few = error.errno in (errno.EMFILE, errno.ENFILE)
-        advice = ": raise the limit, for example with: ulimit -n 256" if few else ""
         if error.errno not in READER_GONE:
-            show_error(click.ClickException(f"{error.strerror or error}{advice}"))
-        sys.stdout = None  # what is left in its buffer would fail once more, with a traceback
-        sys.exit(1)
+            show_error(Failure(describe(error)))
+        return 1
+    return 0
+
+
+def describe(error: OSError) -> str:
+    """Return in words what has failed, and what to do."""
+    text = error.strerror or str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return f"{text}: raise the limit, for example with: ulimit -n 256"
+    return text
 
 
 def end_at_once_by_default() -> None:
-    """Let signals end the process as any other: a shell shows 130 after Ctrl-C. Those that are ignored stay so."""
+    """Let signals end the process like any other: a shell shows 130 after Ctrl-C.
+
+    Signals that are ignored stay so.
+    """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.getpid() == 1:
@@ -45,6 +76,17 @@ def end_at_once_by_default() -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, lambda number, _frame: os._exit(128 + number))
+
+
+def occupy_closed_streams() -> None:
+    """Put something in the place of standard streams that were closed from the start.
+
+    Otherwise libzmq would get their descriptors. To read from or write to what is put there fails.
+    """
+    if sys.stdin is None:
+        sys.stdin = open(os.open(os.devnull, os.O_WRONLY))  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w")  # noqa: SIM115
 
 
 if __name__ == "__main__":

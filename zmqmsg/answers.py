@@ -1,16 +1,21 @@
-"""How ``serve`` gets its replies: an echo, a fixed text, a command for each request, or a filter that stays."""
+"""How ``serve`` gets its replies: echo, fixed text, a command per request, or one filter."""
 
-from collections.abc import Sequence
-from contextlib import suppress
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from queue import SimpleQueue
-from typing import IO, Any, NoReturn, Self, cast
+from typing import IO, NamedTuple, NoReturn, Self, cast
 
 import click
+import zmq
 
-from zmqmsg.attendant import Attendant
-from zmqmsg.console import CHUNK, NOTICE_DELAY, Failure, Form, notify, write_all
+from zmqmsg.messages import CHUNK, Form, Frames, write_all
+from zmqmsg.notices import NOTICE_DELAY, Failure, notify
 from zmqmsg.quoting import abridge, quote, unquote
+from zmqmsg.stopping import Guard
 from zmqmsg.system import (
+    BACKGROUND_EXAMPLE,
     SHORTAGES,
     STOP_SIGNALS,
     end_group,
@@ -21,112 +26,171 @@ from zmqmsg.system import (
 
 LONG_RUN = 5.0  # seconds after which the user is told that a command keeps other requests waiting
 START_INTERVAL = 0.2  # seconds between attempts to start a command
-END_LIMIT = 1.0  # seconds that a filter has to end when its input has ended
-SIGNAL_DELAY = (
-    0.2  # seconds within which a signal to a whole group of processes reaches each of them
-)
+FILTER_END_LIMIT = 5.0  # seconds that a filter has to end after the end of its input
+FAILED_FILTER_LIMIT = 1.0  # the same for a filter that has failed
+END_INTERVAL = 0.5  # seconds between looks at the time while a filter ends
+SIGNAL_DELAY = 0.2  # seconds in which a signal to a group of processes reaches all of them
+ESCAPE_SIZE = 4  # bytes of an escape, which stands for one byte
 
-GOES_ON = (
-    f"the command, or something that it has started, still goes on after {LONG_RUN:g} s, while other requests wait;"
-    " redirect the output of what shall go on, as in: >/dev/null &"
+RUNS_LONG = (
+    f"the command, or something that it has started, still goes on after {LONG_RUN:g} s, while"
+    f" other requests wait; start what may run longer as in: {BACKGROUND_EXAMPLE}"
 )
 SILENT = "the filter has not answered for a second; it may not flush its output, or read ahead"
-TOO_MUCH = (
-    "the command printed more than --max-size allows; it was stopped, and the request not answered"
-)
+TOO_LONG = "printed more than --max-size allows, and was stopped"
 LINES_IN_REQUEST = (
     "a request of several lines got an empty reply, since a filter reads one; use --exec,"
     " or --quoted if the filter reads quoted lines"
 )
-
-Frames = Sequence[Any]  # of bytes, or of zmq's Frames, which have them in a buffer
+FRAMES_JOINED = (
+    "frames are joined for the command; --quoted keeps them apart, if it reads quoted lines"
+)
+NOT_ANSWERED = "1 request was received and not answered"
 
 
 class Unanswered(Exception):
     """A signal has ended the program that makes the reply, so the reply may be incomplete."""
 
 
-class Answer:
-    """Replies with ``frames``, or else with the request: the echo. What it needs runs in its context."""
+class Request(NamedTuple):
+    """A request, and who sent it."""
 
-    def __init__(self, frames: Frames = ()) -> None:
+    frames: Sequence[zmq.Frame]
+    is_authenticated: bool  # whether the client's key was checked
+
+    def client_address(self) -> str:
+        """Return the client's address; empty if libzmq keeps none, as for ZMTP 1 and 2."""
+        try:
+            address = str(self.frames[0].get("Peer-Address"))
+        except zmq.ZMQError:
+            return ""
+        if address.startswith("localhost:"):  # ipc: user, group and process
+            return f"process {address.rpartition(':')[2]}"
+        return address
+
+    def key_name(self) -> str:
+        """Return the name of the client's key file; empty if keys are not checked."""
+        # Then the client could choose its user id itself.
+        if not self.is_authenticated:
+            return ""
+        try:
+            return str(self.frames[0].get("User-Id"))
+        except zmq.ZMQError:
+            return ""
+
+
+class Answer:
+    """Replies with ``frames``, or else with the request: the echo.
+
+    Answers are contexts: what they need runs until the context ends.
+    """
+
+    def __init__(self, frames: Frames | None = None) -> None:
         self._frames = frames
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_error: object) -> None:
+    def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
         pass
 
-    def reply_to(self, request: Frames) -> Frames:
-        """Return the frames of the reply; raise Unanswered, or Failure if there can be no more replies."""
-        return self._frames or request
+    def reply_to(self, request: Request) -> Frames:
+        """Return the frames of the reply.
+
+        Raises Unanswered, or Failure if there can be no more replies.
+        """
+        return request.frames if self._frames is None else self._frames
 
     def check(self) -> None:
         """Raise Failure, or Unanswered after a signal, if there can be no more replies."""
 
 
-def choose_answer(
-    reply: str | None,
-    command: str | None,
-    filter_command: str | None,
-    form: Form,
-    attendant: Attendant,
-    max_size: int,
-) -> Answer:
-    """Return what makes the replies; raise UsageError if the options contradict each other."""
-    options = {"--reply": reply, "--exec": command, "--filter": filter_command}
-    given = {name: value for name, value in options.items() if value is not None}
-    if len(given) > 1:
-        raise click.UsageError(f"{' and '.join(given)} cannot be used together")
-    for name, value in given.items():
-        if name != "--reply" and not value.strip():
-            raise click.UsageError(f"{name} needs a command, for example {name} cat")
-    if command is not None:
-        return Command(command, form, attendant, max_size)
-    if filter_command is not None:
-        return Filter(filter_command, form, attendant, max_size)
-    return Answer() if reply is None else Answer(form.decode_argument(reply))
+class AnswerOptions(NamedTuple):
+    """What the replies are made of; at most one is given."""
+
+    reply: str | None
+    command: str | None
+    filter_command: str | None
+
+    def check(self) -> None:
+        """Raise UsageError if the options exclude each other."""
+        options = {
+            "--reply": self.reply,
+            "--exec": self.command,
+            "--filter": self.filter_command,
+        }
+        given = {name: value for name, value in options.items() if value is not None}
+        if len(given) > 1:
+            raise click.UsageError(f"{' and '.join(given)} cannot be used together")
+        for name, value in given.items():
+            if name != "--reply" and not value.strip():
+                raise click.UsageError(f"{name} needs a command, for example {name} cat")
+
+    def choose(self, form: Form, max_size: int, guard: Guard) -> Answer:
+        """Return what makes the replies, which have ``max_size`` bytes at most."""
+        if self.reply is not None:
+            return Answer(form.decode_argument(self.reply))
+        if self.command is not None:
+            return Command(self.command, form, max_size, guard, reads_lines=form.quoted)
+        if self.filter_command is not None:
+            return Filter(self.filter_command, form, max_size, guard, reads_lines=True)
+        return Answer()
 
 
 # Programs
 
 
 class Process:
-    """A shell command that runs. A thread reads what it prints, so that neither side can block the other."""
+    """A shell command that runs. A thread reads its output, so that neither side blocks the other.
 
-    def __init__(self, command: str, attendant: Attendant, room: int) -> None:
-        """Start ``command``; raise OSError if something for that is lacking."""
-        self.room = room  # bytes that it may still print
-        self.printed: SimpleQueue[bytes] = SimpleQueue()  # what it has printed, with b"" at the end
-        self.failure = ""  # why that is not all, if it is not
-        self._attendant = attendant
-        self._popen = attendant.start_command(command)
-        self.stdin, self._stdout = (
-            cast("IO[bytes]", self._popen.stdin),
-            cast("IO[bytes]", self._popen.stdout),
-        )
+    The main thread says how much may be printed. The reading thread sets ``fault`` before it hands
+    over the end of the output, so the main thread finds it there.
+    """
+
+    def __init__(
+        self, command: str, environment: dict[str, str], output_limit: int, guard: Guard
+    ) -> None:
+        """Start ``command``; raise OSError if something for that is lacking.
+
+        ``output_limit``: bytes that it may print before ``allow`` is called.
+        """
+        self.fault = ""  # why the output is not complete
+        self._printed: SimpleQueue[bytes] = SimpleQueue()  # with b"" at the end
+        self._read = 0  # bytes that were read from the command
+        self._taken = 0  # those of them that the main thread has taken
+        self._allowed = output_limit  # bytes that the command may print in all
+        self._guard = guard
+        self._popen = guard.commands.start(command, environment)
+        self.input = cast("IO[bytes]", self._popen.stdin)
         try:
-            start_thread(self._read)
+            self._reader = start_thread(self._read_output)
         except OSError:
+            cast("IO[bytes]", self._popen.stdout).close()
             self.kill()
             raise
 
-    def _read(self) -> None:
-        try:
-            while chunk := self._stdout.read(CHUNK):
-                self.room -= len(chunk)
-                if self.room < 0:
-                    self.failure = TOO_MUCH
-                    end_group(self._popen)  # here, since the main thread may wait for it to read
-                    break
-                self.printed.put(chunk)
-        except (OSError, MemoryError) as error:
-            self.failure = f"cannot read what the command prints: {getattr(error, 'strerror', 'out of memory')}"
-        self.printed.put(b"")
+    def allow(self, size: int) -> None:
+        """Let the command print ``size`` bytes beyond what was taken; more will end it."""
+        self._allowed = self._taken + size
+
+    def write(self, data: bytes) -> None:
+        """Write to the command's input; raise OSError, BrokenPipeError if it is closed."""
+        write_all(self.input, data)
+
+    def has_output(self) -> bool:
+        """Return whether ``take`` would return at once."""
+        return not self._printed.empty()
+
+    def take(self) -> bytes:
+        """Return what the command has printed next, waiting for it; nothing at the end."""
+        chunk = self._printed.get()
+        self._taken += len(chunk)
+        if not chunk:
+            self._printed.put(chunk)  # the end stays the end
+        return chunk
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """Return its exit status, negative for a signal; None if it does not end within ``seconds``."""
+        """Return the exit status, negative for a signal; None if it lasts beyond ``seconds``."""
         from subprocess import TimeoutExpired
 
         with suppress(TimeoutExpired):
@@ -136,66 +200,100 @@ class Process:
     def kill(self) -> None:
         """Kill what is left of its group, and close its input."""
         end_group(self._popen)
-        self.stdin.close()
-        self._popen.wait()
-        self._attendant.forget(self._popen)
+        self.close()
 
     def close(self) -> None:
-        """Close what is left of a process that has ended by itself."""
-        self._stdout.close()
-        self._attendant.forget(self._popen)
+        """Wait for its end, close its input, and forget it."""
+        self.input.close()
+        self._popen.wait()
+        self._guard.commands.forget(self._popen)
+
+    def _read_output(self) -> None:
+        with cast("IO[bytes]", self._popen.stdout) as output:
+            try:
+                while chunk := output.read(CHUNK):
+                    self._read += len(chunk)
+                    if self._read > self._allowed:
+                        self.fault = TOO_LONG
+                        end_group(self._popen)  # the main thread may wait for it to read
+                        break
+                    self._printed.put(chunk)
+            except OSError as error:
+                self.fault = f"printed what cannot be read: {error.strerror}"
+            except MemoryError:
+                self.fault = "printed what cannot be read: out of memory"
+        self._printed.put(b"")
 
 
 class Program(Answer):
     """Answers with what a shell command prints, which reads the request on its standard input.
 
-    The request is never a part of the command line or of the environment, so that it cannot inject anything. The
-    command runs in a group of its own: what is typed at our terminal, and a signal to our process group, do not reach
-    it, and the second signal ends all of it.
+    The request is never a part of the command line or of the environment, so that it cannot inject
+    anything. The command runs in a group of its own: what is typed at our terminal, and a signal to
+    our process group, do not reach it.
     """
 
-    def __init__(self, command: str, form: Form, attendant: Attendant, max_size: int) -> None:
-        """Use the shell command ``command``, for messages in ``form``; ``max_size``: bytes of a reply, unquoted."""
-        self._command = command
-        self._form = form
-        self._attendant = attendant
-        self._room = max_size * (4 if form.quoted else 1)  # an escape has four characters
+    def __init__(
+        self, command: str, form: Form, max_size: int, guard: Guard, *, reads_lines: bool
+    ) -> None:
+        """Use the shell command ``command``.
+
+        ``max_size``: bytes that a reply may have. ``reads_lines``: whether the command reads and
+        prints lines, whose ends are not counted.
+        """
         import subprocess  # noqa: F401  (now, while there are descriptors)
 
+        self._command = command
+        self._form = form
+        self._guard = guard
+        self._output_limit = max_size * ESCAPE_SIZE if form.quoted else max_size
+        if reads_lines:
+            self._output_limit += len(form.separator) + (1 if form.cr_lf else 0)
         keep_exit_statuses()
 
-    def _start(self, otherwise: str) -> Process:
-        """Start the command as soon as that is possible; raise Failure, or Unanswered(``otherwise``) after a signal."""
+    def _start(self, environment: dict[str, str], unanswered: str) -> Process:
+        """Start the command as soon as that is possible.
+
+        Raises Failure, or Unanswered with the text ``unanswered`` after a signal.
+        """
         while True:
             try:
-                return Process(self._command, self._attendant, self._room + self._form.quoted)
+                return Process(self._command, environment, self._output_limit, self._guard)
             except OSError as error:
                 reason = f"cannot start the command: {error.strerror}"
                 if error.errno not in SHORTAGES:
                     raise Failure(reason) from error
-                self._attendant.notices.notify_once(
-                    f"{reason}; trying again until it can be started"
-                )
-                if self._attendant.stop.wait(START_INTERVAL):
-                    raise Unanswered(otherwise) from None
+                self._guard.stalls.notify(f"{reason}; trying again until it can be started")
+                if self._guard.stop.wait(START_INTERVAL):
+                    raise Unanswered(unanswered) from None
+
+    @contextmanager
+    def _telling_if_slow(self, notice: str, seconds: float, unfinished: str) -> Iterator[None]:
+        """Give ``notice`` after ``seconds``, and have ``unfinished`` told if serve must end."""
+        self._guard.unfinished = unfinished
+        self._guard.stalls.expect(notice, seconds)
+        try:
+            yield
+        finally:
+            self._guard.stalls.withdraw(notice)
+            self._guard.unfinished = ""
 
     def _was_stopped(self, status: int) -> bool:
-        """Return whether a program that ended with ``status`` was killed by a signal while we stop, or are about to."""
-        number = killing_signal(status)
-        # A signal to a group of processes may reach us after the others.
-        return number > 0 and self._attendant.stop.wait(
-            SIGNAL_DELAY if number in STOP_SIGNALS else 0
-        )
+        """Return whether a program that ended with ``status`` was killed because we stop.
 
-    def _encode(self, request: Frames) -> bytes:
-        """Return a request as the program reads it, without an end."""
-        frames = [bytes(frame) for frame in request]
+        A signal to a group of processes may reach us a moment later than the program.
+        """
+        number = killing_signal(status)
+        delay = SIGNAL_DELAY if number in STOP_SIGNALS else 0
+        return number > 0 and self._guard.stop.wait(delay)
+
+    def _encode(self, request: Request) -> bytes:
+        """Return a request as the program reads it, without its end."""
+        frames = [frame.bytes for frame in request.frames]
         if self._form.quoted:
             return quote(frames)
         if len(frames) > 1:
-            self._attendant.notices.notify_once(
-                "frames are joined for the command; --quoted keeps them apart, if it reads quoted lines"
-            )
+            self._guard.stalls.notify(FRAMES_JOINED)
         return b"".join(frames)
 
     def _decode(self, line: bytes, printed: bytes) -> Frames:
@@ -213,95 +311,142 @@ class Program(Answer):
 
 
 class Command(Program):
-    """Runs the command for each request; all that it prints is the reply, whatever its exit status."""
+    """Runs the command for each request; all that it prints is the reply.
 
-    def reply_to(self, request: Frames) -> Frames:
-        data = self._encode(request) + b"\n" * self._form.quoted
-        process = self._start("the last request was not answered: its command could not be started")
-        self._attendant.notices.expect(GOES_ON, LONG_RUN)
-        with suppress(BrokenPipeError):  # it does not want the rest
-            write_all(process.stdin, data)
-        process.stdin.close()
-        printed = b"".join(iter(process.printed.get, b""))
-        status = process.wait() or 0
-        self._attendant.notices.withdraw(GOES_ON)
-        process.close()
-        if process.failure:
-            raise Failure(process.failure)
+    Its exit status does not matter.
+    """
+
+    def reply_to(self, request: Request) -> Frames:
+        data = self._encode(request)
+        if self._form.quoted:
+            data += b"\n"
+        process = self._start(
+            describe_client(request),
+            "the last request was not answered: its command could not be started",
+        )
+        unfinished = f"{NOT_ANSWERED}: its command had not finished"
+        with self._telling_if_slow(RUNS_LONG, LONG_RUN, unfinished):
+            printed, status = self._run(process, data)
+        if process.fault == TOO_LONG:
+            notify(f"the command {TOO_LONG}; its request got an empty reply", "red")
+            return [b""]
+        if process.fault:
+            raise Failure(f"the command {process.fault}")
         if status:
             notify(f"the command {describe_status(status)}", "yellow")
         if self._was_stopped(status):
             raise Unanswered("the last request was not answered: its command was stopped, too")
-        return (
-            self._decode(printed.removesuffix(b"\n"), printed) if self._form.quoted else [printed]
-        )
+        if not self._form.quoted:
+            return [printed]
+        line = self._form.strip_cr(printed.removesuffix(b"\n"))
+        return self._decode(line, printed)
+
+    def _run(self, process: Process, data: bytes) -> tuple[bytes, int]:
+        """Let the command read ``data``; return all that it prints, and its exit status."""
+        with suppress(BrokenPipeError):  # it does not want the rest
+            process.write(data)
+        process.input.close()
+        printed = b"".join(iter(process.take, b""))
+        status = process.wait() or 0
+        process.close()
+        return printed, status
 
 
 class Filter(Program):
     """Starts the command once, writes each request to it as a line, and reads each reply as one.
 
-    A line too many, or one that nobody asked for, is the end: replies can no longer be matched to requests.
+    A line too many, or one that nobody asked for, is the end: replies can no longer be matched to
+    requests.
     """
 
     def __enter__(self) -> Self:
         """Start the command."""
-        self._process = self._start("the filter could not be started")
+        environment = without_client(dict(os.environ))
+        self._process = self._start(environment, "the filter could not be started")
         return self
 
-    def __exit__(self, *_error: object) -> None:
-        """Let the command end by the end of its input, and then kill what is left of its group."""
-        self._process.stdin.close()
-        self._process.wait(END_LIMIT)
-        self._process.kill()
+    def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
+        """Close its input, wait for its end, and kill what is left of its group.
 
-    def reply_to(self, request: Frames) -> Frames:
+        Raises Failure if it had to be killed itself.
+        """
+        self._process.input.close()
+        if error_type:
+            self._process.wait(FAILED_FILTER_LIMIT)
+            has_ended = True
+        else:
+            has_ended = self._wait_for_end()
+        self._process.kill()
+        if not has_ended:
+            raise Failure(
+                f"the filter was killed: it had not ended {FILTER_END_LIMIT:g} s after its input"
+            )
+
+    def _wait_for_end(self) -> bool:
+        """Return whether the filter ends within its time, or while we stop.
+
+        Then the guard ends it with everything else.
+        """
+        self._guard.unfinished = "the filter was killed: it had not ended"
+        end = time.monotonic() + FILTER_END_LIMIT
+        while self._process.wait(END_INTERVAL) is None:
+            if time.monotonic() >= end and not self._guard.stop.is_requested():
+                return False
+        self._guard.unfinished = ""
+        return True
+
+    def reply_to(self, request: Request) -> Frames:
         self.check()
         end = self._form.separator
         line = self._encode(request).removesuffix(end)
         if end in line:
             notify(LINES_IN_REQUEST, "yellow")
             return [b""]
-        self._process.room = self._room + 1 + self._form.cr_lf  # the end of the line
-        self._attendant.notices.expect(SILENT, NOTICE_DELAY)
-        answer = self._exchange(line + end, end)
-        self._attendant.notices.withdraw(SILENT)
-        return self._decode(answer, answer) if self._form.quoted else [self._form.strip_cr(answer)]
+        self._process.allow(self._output_limit)
+        unfinished = f"{NOT_ANSWERED}: the filter had not answered"
+        with self._telling_if_slow(SILENT, NOTICE_DELAY, unfinished):
+            answer = self._exchange(line + end, end)
+        answer = self._form.strip_cr(answer)
+        return self._decode(answer, answer) if self._form.quoted else [answer]
 
     def check(self) -> None:
-        if not self._process.printed.empty():
-            self._fail_for_line(self._process.printed.get())
+        if self._process.has_output():
+            self._fail_for_output(self._process.take())
 
     def _exchange(self, line: bytes, end: bytes) -> bytes:
         """Write ``line`` and read one; return it without its ``end``."""
         try:
-            write_all(self._process.stdin, line)
+            self._process.write(line)
         except OSError:
             self._fail_for_end()
         printed = bytearray()
-        place = -1
-        while place < 0:
-            if not (chunk := self._process.printed.get()):
+        end_at = -1
+        while end_at < 0:
+            searched = len(printed)
+            chunk = self._process.take()
+            if not chunk:
                 self._fail_for_end()
-            begin = len(printed)
             printed += chunk
-            place = printed.find(end, begin)
-        if len(printed) > place + 1:
-            self._fail_for_line(bytes(printed[place + 1 :]))
-        return bytes(printed[:place])
+            end_at = printed.find(end, searched)
+        beyond = bytes(printed[end_at + len(end) :])
+        if beyond:
+            self._fail_for_output(beyond)
+        return bytes(printed[:end_at])
 
-    def _fail_for_line(self, printed: bytes) -> NoReturn:
-        self._attendant.notices.withdraw(SILENT)
+    def _fail_for_output(self, printed: bytes) -> NoReturn:
+        """Raise what follows from output that no request asked for, or from its end."""
         if not printed:
             self._fail_for_end()
         raise Failure(
-            f"the filter printed {abridge(printed)}, which no request asked for; replies cannot be told apart"
+            f"the filter printed {abridge(printed)}, which no request asked for;"
+            " replies cannot be told apart"
         )
 
     def _fail_for_end(self) -> NoReturn:
-        self._attendant.notices.withdraw(SILENT)
-        if self._process.failure:
-            raise Failure(self._process.failure)
-        status = self._process.wait(END_LIMIT)
+        """Raise what follows from the end of the filter."""
+        if self._process.fault:
+            raise Failure(f"the filter {self._process.fault}")
+        status = self._process.wait(FAILED_FILTER_LIMIT)
         if status is None:
             raise Failure("the filter closed its input or output, so there can be no more replies")
         if self._was_stopped(status):
@@ -313,3 +458,26 @@ def describe_status(status: int) -> str:
     """Return in words how a child process has ended; ``status`` is negative for a signal."""
     number = killing_signal(status)
     return f"was killed by signal {number}" if number else f"exited with status {status}"
+
+
+def describe_client(request: Request) -> dict[str, str]:
+    """Return the environment of a command, with who sent the request.
+
+    Nothing in it is chosen by the client: the address is the system's, and the name is that of a
+    file of ours.
+    """
+    environment = without_client(dict(os.environ))
+    if address := request.client_address():
+        environment["ZMQMSG_PEER"] = address
+    if name := request.key_name():
+        environment["ZMQMSG_PEER_KEY"] = name
+    return environment
+
+
+def without_client(environment: dict[str, str]) -> dict[str, str]:
+    """Return ``environment`` without the client of another server that has started us."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name not in ("ZMQMSG_PEER", "ZMQMSG_PEER_KEY")
+    }

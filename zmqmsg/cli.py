@@ -1,36 +1,62 @@
 """The command line: options and their types. What the commands do is in ``send`` and ``serve``."""
 
-import gc
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.console import Form
+from zmqmsg.keys import Keys, looks_like_key
+from zmqmsg.messages import Form, Source
+from zmqmsg.notices import notify
 
-LEAST_SIZE = 512  # bytes; libzmq applies the limit to the handshake as well (300 with CURVE)
-MOST_SIZE = 1 << 40  # bytes
+UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
+MIN_SIZE = 512  # bytes; libzmq applies the limit to the handshake as well (300 with CURVE)
+MAX_SIZE = 1024 * UNITS["G"]
 DEFAULT = f"[default: {DEFAULT_ENDPOINT}]"
 
 
+# Options and their types
+
+
 class Option(click.Option):
-    """An option that a variable of the environment which is empty, or blank, sets to an empty value; no for a flag."""
+    """An option whose environment variable counts even if it is empty or blank.
+
+    It is then the option with an empty value; for a flag, no. click ignores such a variable, so
+    that a secret which is missing would turn authentication off. Errors name the variable.
+    """
+
+    def variable(self, ctx: click.Context) -> str:
+        """Return the name of the environment variable."""
+        long_name = self.opts[-1].lstrip("-").replace("-", "_")
+        return f"{ctx.auto_envvar_prefix}_{long_name}".upper()
 
     def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        # click ignores such a variable, so that an empty secret would turn authentication off.
-        name = f"{ctx.auto_envvar_prefix}_{self.opts[-1].strip('-')}".upper().replace("-", "_")
-        value = os.environ.get(name)
-        return value if value is None or value.strip() else ""
+        value = os.environ.get(self.variable(ctx))
+        if value is None or value.strip():
+            return value
+        return ""
 
     def value_from_envvar(self, ctx: click.Context) -> Any:
         value = super().value_from_envvar(ctx)
-        return [""] if self.multiple and value == [] else value
+        if self.multiple and value == []:
+            return [""]
+        return value
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().process_value(ctx, value)
+        except click.BadParameter as error:
+            if is_from_environment(ctx, self):
+                text = f"{error.message.removesuffix('.')} (from {self.variable(ctx)})"
+                raise click.BadParameter(text, ctx, self) from None
+            raise
 
 
 class Parsed(click.ParamType[Any]):
@@ -47,26 +73,59 @@ class Parsed(click.ParamType[Any]):
             self.fail(str(error), param, ctx)
 
 
+class InputPath(click.Path):
+    """A path that errors show as it was typed, and not with its backslashes doubled."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return super().convert(value, param, ctx)
+        except click.BadParameter as error:
+            shown = click.format_filename(value)
+            self.fail(error.message.replace(repr(shown), f"'{value}'"), param, ctx)
+
+
+class KeyPath(InputPath):
+    """A path of keys. An empty one, as of an unset shell variable, must not turn an option off."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if not value:
+            self.fail("the path is empty", param, ctx)
+        if value == "-":
+            self.fail(
+                "'-' is no key file; to read a key from a command, pass <(command)", param, ctx
+            )
+        if looks_like_key(value) and not os.path.exists(value):
+            self.fail(  # without showing it: it may be a secret
+                "it takes a file, and this looks like a key itself; put the key into a file"
+                " (if it is the name of a file, write ./ before it)",
+                param,
+                ctx,
+            )
+        return super().convert(value, param, ctx)
+
+
 def parse_endpoint(text: str, *, bind: bool) -> str:
     """Return ``text`` if it is an endpoint that can be bound, or else connected to."""
-    from zmqmsg.sockets import check_endpoint  # not for --help and completion: it imports zmq
+    from zmqmsg.endpoints import check_endpoint  # not for --help and completion: it imports zmq
 
     return check_endpoint(text, bind=bind)
 
 
 def parse_size(text: str) -> int:
     """Return a number of bytes. K, M and G are powers of 1024."""
-    match = re.fullmatch("([0-9]{1,10})([KMG]?)", text.upper())
-    size = int(match[1]) << 10 * " KMG".index(match[2] or " ") if match else 0
-    if not LEAST_SIZE <= size <= MOST_SIZE:
+    match = re.fullmatch("([0-9]{1,20})([KMG]?)", text.upper())
+    size = int(match[1]) * UNITS[match[2]] if match else 0
+    if not MIN_SIZE <= size <= MAX_SIZE:
         raise ValueError(
-            f"'{text}' is not a size such as 65536, 64M or 1G, {LEAST_SIZE} at least and 1024G at most"
+            f"'{text}' is not a size such as 65536, 64M or 1G, {MIN_SIZE} at least and"
+            " 1024G at most"
         )
     return size
 
 
 def parse_seconds(text: str) -> float:
-    """Return a time above 0. click's FloatRange accepts NaN, and says "is not a valid float range"."""
+    """Return a time above 0, in seconds."""
+    # click's FloatRange accepts NaN, and says "is not a valid float range".
     try:
         seconds = float(text)
     except ValueError:
@@ -76,39 +135,45 @@ def parse_seconds(text: str) -> float:
     return seconds
 
 
-class KeyPath(click.Path):
-    """A path of keys. An empty one, as of a shell variable that is not set, must not turn an option off."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not value:
-            self.fail("the path is empty", param, ctx)
-        if value == "-":
-            self.fail(
-                "'-' is no key file; to read a key from a command, pass <(command)", param, ctx
-            )
-        return super().convert(value, param, ctx)
+# Errors of usage that are found when all options are known
 
 
-def _print_versions(ctx: click.Context, _param: click.Parameter, wanted: bool) -> None:
-    if wanted:
+@contextmanager
+def usage_of(ctx: click.Context) -> Iterator[None]:
+    """Let errors of usage refer to the help, and to the variables that they come from."""
+    try:
+        yield
+    except click.UsageError as error:
+        raise click.UsageError(name_variables(ctx, error.message), ctx) from None
+
+
+def name_variables(ctx: click.Context, text: str) -> str:
+    """Return ``text`` with the variable after each option that comes from the environment."""
+    for option in ctx.command.params:
+        if isinstance(option, Option) and is_from_environment(ctx, option):
+            name = re.escape(option.opts[-1])
+            text = re.sub(rf"{name}(?![\w-])", rf"\g<0> (from {option.variable(ctx)})", text)
+    return text
+
+
+def is_from_environment(ctx: click.Context, option: click.Option) -> bool:
+    """Return whether the value of ``option`` comes from an environment variable."""
+    return ctx.get_parameter_source(option.name or "") == ParameterSource.ENVIRONMENT
+
+
+# The group
+
+
+def print_versions(ctx: click.Context, _param: click.Parameter, is_given: bool) -> None:
+    """Print the versions of what matters, and exit."""
+    if is_given:
         from importlib.metadata import version  # slow
 
         import zmq
 
-        click.echo(
-            f"zmqmsg {version('zmqmsg')}, pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}"
-        )
+        versions = f"pyzmq {zmq.__version__}, libzmq {zmq.zmq_version()}"
+        click.echo(f"zmqmsg {version('zmqmsg')}, {versions}")
         ctx.exit()
-
-
-def _run(module: str, /, *, null: bool, quoted: bool, raw: bool, **options: Any) -> None:
-    """Do what the command of ``module`` does. It is imported only now: --help and completion need no zmq."""
-    form = Form.choose(null=null, quoted=quoted, raw=raw)
-    run = import_module(f"zmqmsg.{module}").run
-    # main() has switched the garbage collector off: it would go through all that is imported, again and again.
-    gc.freeze()
-    gc.enable()
-    run(form=form, **options)
 
 
 @click.group(
@@ -117,7 +182,7 @@ def _run(module: str, /, *, null: bool, quoted: bool, raw: bool, **options: Any)
         "help_option_names": ["-h", "--help"],
         "max_content_width": 80,
     },
-    epilog="README.md has recipes, keys step by step, and completion for bash, zsh and fish.",
+    epilog="More: zmqmsg serve --help and zmqmsg send --help.",
 )
 @click.option(
     "--version",
@@ -125,7 +190,7 @@ def _run(module: str, /, *, null: bool, quoted: bool, raw: bool, **options: Any)
     is_eager=True,
     expose_value=False,
     allow_from_autoenv=False,
-    callback=_print_versions,
+    callback=print_versions,
     help="Show the versions and exit.",
 )
 def cli() -> None:
@@ -137,7 +202,14 @@ def cli() -> None:
     In another:
       zmqmsg send "first message" "second message"
 
-    Every option can also come from the environment: ZMQMSG_SEND_TIMEOUT=2.
+    Messages go to standard output, notices to standard error.
+
+    Every option can also be an environment variable: ZMQMSG_SEND_TIMEOUT=2 is send
+    --timeout 2. Spaces separate several endpoints; several files are separated as
+    in PATH. For completion, put into ~/.bashrc (or zsh_source into ~/.zshrc):
+
+    \b
+      eval "$(_ZMQMSG_COMPLETE=bash_source zmqmsg)"
     """
 
 
@@ -146,128 +218,235 @@ CONNECT_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=False))
 SECONDS = Parsed("seconds", parse_seconds)
 SIZE = Parsed("bytes", parse_size)
 KEY_FILE = KeyPath(dir_okay=False)
-INPUT_FILE = click.Path(exists=True, dir_okay=False, readable=True, allow_dash=True)
+KEY_FILES = KeyPath()
+INPUT_FILE = InputPath(exists=True, dir_okay=False, readable=True, allow_dash=True)
 
 option = partial(click.option, cls=Option)
 flag = partial(option, is_flag=True)
-bind = partial(option, "-b", "--bind", type=BIND_ENDPOINT, multiple=True)
-connect = partial(option, "-c", "--connect", type=CONNECT_ENDPOINT, multiple=True)
-command = partial(option, metavar="COMMAND")
-count = partial(option, "-n", "--count", type=click.IntRange(min=1), metavar="N")
-retries = partial(
-    option, "-r", "--retries", type=click.IntRange(min=0), metavar="N", default=3, show_default=True
-)
 
 
 def shared_options(function: Callable[..., None]) -> Callable[..., None]:
     """Give a command the options that both have."""
-    for decorate in (  # from the last one in the help page to the first
-        option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing."),
+    decorators = [
+        flag("-0", "--null", help="End messages with NUL instead of newline."),
+        flag("-Q", "--quoted", help="Read and print messages as quoted lines (see above)."),
+        flag("--raw", help="Print nothing after a message."),
         option(
             "--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames."
         ),
-        flag("--raw", help="Print messages as they are, with nothing after them."),
-        flag(
-            "-Q",
-            "--quoted",
-            help="One line per message: frames separated by TAB, special bytes escaped.",
-        ),
-        flag("-0", "--null", help="End messages with NUL instead of newline."),
-    ):
+        option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing."),
+    ]
+    for decorate in reversed(decorators):
         function = decorate(function)
     return function
 
 
+# The commands
+
+
 @cli.command()
-@bind(help=f"Bind here; repeatable.  {DEFAULT}")
-@connect(help="Connect to a broker's DEALER as a worker; repeatable.")
-@option("--reply", metavar="TEXT", help="Reply with TEXT instead of the request.")
-@command(
+@option(
+    "-b", "--bind", type=BIND_ENDPOINT, multiple=True, help=f"Bind here; repeatable.  {DEFAULT}"
+)
+@option(
+    "-c",
+    "--connect",
+    type=CONNECT_ENDPOINT,
+    multiple=True,
+    help="Be a worker of the broker here; repeatable.",
+)
+@option("--reply", metavar="TEXT", help="Reply with TEXT.")
+@option(
     "-e",
     "--exec",
     "command",
-    help="Reply with what the shell COMMAND prints; its input is the request.",
+    metavar="COMMAND",
+    help="Reply with what COMMAND prints; run each time.",
 )
-@command(
+@option(
     "--filter",
     "filter_command",
-    help="Start COMMAND once: for each request, it reads a line and prints one.",
+    metavar="COMMAND",
+    help="Reply with a line of COMMAND, which is run once.",
 )
-@count(help="Stop after N requests.")
+@option("-n", "--count", type=click.IntRange(min=1), metavar="N", help="Stop after N requests.")
 @flag("-q", "--quiet", help="Do not print requests.")
-@flag("-v", "--verbose", help="Report who asked, how much, and how long the answer took.")
+@flag("-v", "--verbose", help="Report requests, and clients that fail to connect.")
 @shared_options
-@option(
-    "--client-keys",
-    type=KeyPath(),
-    help="Accept only clients whose public keys are in this file or directory.",
-)
-@option("--server-key", type=KEY_FILE, help="The broker's CURVE public key file (with --connect).")
-def serve(**options: Any) -> None:
+@option("--client-keys", type=KEY_FILES, help="Let in only clients with a public key in PATH.")
+@option("--server-key", type=KEY_FILE, help="With --connect: the broker's public key file.")
+@click.pass_context
+def serve(
+    ctx: click.Context,
+    *,
+    bind: tuple[str, ...],
+    connect: tuple[str, ...],
+    reply: str | None,
+    command: str | None,
+    filter_command: str | None,
+    count: int | None,
+    quiet: bool,
+    verbose: bool,
+    null: bool,
+    quoted: bool,
+    raw: bool,
+    max_size: int,
+    key: str | None,
+    client_keys: str | None,
+    server_key: str | None,
+) -> None:
     """Answer requests on a REP socket.
 
     By default the reply is the request itself. Requests are printed after it.
 
     \b
     Examples:
-      zmqmsg serve --reply '{"status": "ok"}'
-      zmqmsg serve --exec 'tr a-z A-Z'
-      zmqmsg serve --filter 'sed -u s/a/b/'
-      zmqmsg serve --bind 'tcp://*:5555' --bind ipc:///tmp/echo.sock
+      zmqmsg serve --reply "it is up" --bind "tcp://*:5555"
+      zmqmsg serve --exec hostname
+      zmqmsg serve --filter "python3 -u filter.py"
 
-    What a command for --exec prints is the reply, whatever its exit status. Ctrl-C
-    or SIGTERM stops serve after what it has received; a second one ends it at once.
+    The shell runs COMMAND. With --exec, it reads a request up to the end of its
+    input, and all that it prints is the reply, whatever its exit status; its
+    variables ZMQMSG_PEER and ZMQMSG_PEER_KEY say who asks. With --filter, it reads
+    requests as lines, and must flush the line that it prints for each.
+
+    In quoted lines, TAB separates frames, and \\\\ \\t \\n \\r \\xHH stand for
+    special bytes. A removed client key counts until its client reconnects.
+
+    Ctrl-C or SIGTERM lets serve answer what it has received, within 8 seconds; a
+    second one ends it at once.
 
     \b
     Exit status:
-      0  stopped by --count, Ctrl-C or SIGTERM
-      1  something failed
+      0  stopped by --count or a signal
+      1  failed, or stopped with requests unanswered
       2  wrong usage
     """
-    _run("serve", **options)
+    # Not for --help and completion: they import zmq.
+    from zmqmsg import serve
+    from zmqmsg.answers import AnswerOptions
+
+    with usage_of(ctx):
+        serve.run(
+            bind=bind,
+            connect=connect,
+            answer=AnswerOptions(reply, command, filter_command),
+            keys=Keys(key, server_key, client_keys),
+            form=Form.choose(null=null, quoted=quoted, raw=raw),
+            max_size=max_size,
+            count=count,
+            quiet=quiet,
+            verbose=verbose,
+        )
 
 
 @cli.command()
-@connect(help=f"Connect here; repeatable.  {DEFAULT}")
 @option(
-    "-t", "--timeout", type=SECONDS, help="Seconds to wait in each attempt.  [default: no limit]"
+    "-c",
+    "--connect",
+    type=CONNECT_ENDPOINT,
+    multiple=True,
+    help=f"Connect here; repeatable.  {DEFAULT}",
 )
-@retries(help="Send again up to N times after a timeout or a broken connection.")
+@option(
+    "-t",
+    "--timeout",
+    type=SECONDS,
+    help="Seconds that an attempt may take.  [default: no limit]",
+)
+@option(
+    "-r",
+    "--retries",
+    type=click.IntRange(min=0),
+    metavar="N",
+    default=3,
+    show_default=True,
+    help="How often to send a request again.",
+)
 @option(
     "-f",
     "--file",
+    "files",
     type=INPUT_FILE,
     multiple=True,
-    help="Send a whole file (- for standard input); repeatable.",
+    help="Send a whole file (- is standard input); repeatable.",
 )
 @flag("-m", "--multipart", help="Send all messages as the frames of one request.")
-@flag("-v", "--verbose", help="Report connections, who replied, how much, and after how long.")
+@flag("-v", "--verbose", help="Report who replied, how much, and how fast.")
 @shared_options
 @option("--server-key", type=KEY_FILE, help="The server's CURVE public key file.")
-@click.argument("message", nargs=-1)
-def send(**options: Any) -> None:
+@click.argument("messages", metavar="[MESSAGE]...", nargs=-1)
+@click.pass_context
+def send(
+    ctx: click.Context,
+    *,
+    connect: tuple[str, ...],
+    timeout: float | None,
+    retries: int,
+    files: tuple[str, ...],
+    multipart: bool,
+    verbose: bool,
+    null: bool,
+    quoted: bool,
+    raw: bool,
+    max_size: int,
+    key: str | None,
+    server_key: str | None,
+    messages: tuple[str, ...],
+) -> None:
     """Send each MESSAGE as a request, and print each reply.
 
-    With neither MESSAGE nor --file, each line of standard input is a message. Put
-    -- before a MESSAGE that begins with -.
+    With neither MESSAGE nor --file, send each line of standard input. Put -- before
+    a MESSAGE that begins with -.
 
     \b
     Examples:
       zmqmsg send hello "a second message"
-      zmqmsg send --timeout 2 --retries 0 ping || echo "no reply"
-      tail -f log | zmqmsg send --connect tcp://127.0.0.1:5556
-      zmqmsg send --file question.json | jq .answer
+      zmqmsg send --timeout 2 --retries 0 ping
+      git log --oneline | zmqmsg send --connect tcp://127.0.0.1:5556
+      zmqmsg send --file question.json > answer.json
 
-    With --timeout T and --retries N, a message takes N + 1 attempts and (N + 1) x T
-    seconds at most, and may be served N + 1 times. With --retries 0 it is sent at
-    most once.
+    A request is sent again when --timeout passes or the connection breaks, so it
+    may be served --retries + 1 times; with --retries 0, once at most. If the first
+    attempt reaches no server, it is the last one.
+
+    In quoted lines, TAB separates frames, and \\\\ \\t \\n \\r \\xHH stand for
+    special bytes.
 
     \b
     Exit status:
       0  all replies came
-      1  failed; the current message was certainly not served
-         (or its reply came and could not be printed)
+      1  failed; the current message was not served, or its reply not printed
       2  wrong usage
       3  no reply; the current message was sent, or may have been
     """
-    _run("send", **options)
+    from zmqmsg import send  # not for --help and completion: it imports zmq
+
+    with usage_of(ctx):
+        form = Form.choose(null=null, quoted=quoted, raw=raw)
+        arguments = [form.decode_argument(message) for message in messages]
+        if not connect:
+            warn_of_endpoints(messages)
+        send.run(
+            connect=connect,
+            source=Source(arguments, files, multipart, form),
+            keys=Keys(key, server_key),
+            form=form,
+            max_size=max_size,
+            timeout=timeout or math.inf,
+            retries=retries,
+            verbose=verbose,
+        )
+
+
+def warn_of_endpoints(messages: tuple[str, ...]) -> None:
+    """Notify the user of messages that were likely meant as endpoints to connect to."""
+    from zmqmsg.endpoints import looks_like_endpoint, suggest_endpoint
+
+    for message in messages:
+        if looks_like_endpoint(message):
+            endpoint = suggest_endpoint(message, bind=False)
+            notify(
+                f"'{message}' is sent as a message; to connect there, use --connect {endpoint}".rstrip(),
+                "yellow",
+            )

@@ -82,7 +82,7 @@ class ClientKeys:
         if self.error and not last_error:
             self._notify(
                 f"cannot read the client keys: {self.error.strerror};"
-                " no further client can connect until they can be read",
+                " clients are not let in until that is over",
                 "yellow",
             )
         elif last_error and not self.error:
@@ -147,9 +147,12 @@ def check_path(path: str) -> None:
     """Raise KeyFileError if client keys cannot be read from ``path`` again and again."""
     try:
         kind = os.stat(path).st_mode
+    except FileNotFoundError:
+        raise KeyFileError(
+            f"{path} does not exist; pass a public key file, or a directory of them"
+        ) from None
     except OSError as error:
-        advice = "pass a public key file, or a directory of them"
-        raise KeyFileError(f"cannot read {path}: {error.strerror}; {advice}") from error
+        raise KeyFileError(f"cannot read {path}: {error.strerror}") from error
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise KeyFileError(
             f"{path} can be read only once, and client keys are read again for each client;"
@@ -205,7 +208,7 @@ class Admission:
     def _decide(self) -> Iterator[list[bytes]]:
         """Yield the replies to all requests that can be decided now."""
         requests, self._undecided = self._undecided, []
-        if any(not self._keys.find(request.public) for request in requests):
+        if self._keys.error or any(not self._keys.find(each.public) for each in requests):
             self._keys.scan_if_due()
         for request in requests:
             name = self._keys.find(request.public)

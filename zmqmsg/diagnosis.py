@@ -1,34 +1,45 @@
-"""What stands in the way at an endpoint: connect with a plain socket, and report how far the handshake gets.
+"""What stands in the way at an endpoint: go there with a plain socket, and say where that ends.
 
-Everything here is asked of the peer or of the system; nothing is deduced from what libzmq reports. Does not import zmq.
-ZMTP, the protocol, is described at https://rfc.zeromq.org/spec/23 (3.0), /15 (2.0) and /13 (1.0).
+Everything here is asked of the peer or of the system; nothing is deduced from what libzmq reports.
+Does not import zmq. ZMTP, the protocol, is described at https://rfc.zeromq.org/spec/23 (3.0),
+/15 (2.0) and /13 (1.0).
 """
 
-import math
-import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Generator, Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from zmqmsg.names import Address, in_words, is_named, resolve, split_endpoint
 from zmqmsg.quoting import abridge
-from zmqmsg.system import UNIX_FAMILY, start_thread
+from zmqmsg.system import UNIX_FAMILY
 
 if TYPE_CHECKING:
-    from socket import socket  # otherwise for names and in trouble only: to import it takes 3 ms
+    from socket import socket  # imported below only in trouble: it takes 3 ms
 
 # Times, in seconds
 GREETING_DELAY = 5.0  # after which a peer that has not greeted is likely to be no ZeroMQ, or hung
 STEP_LIMIT = 60.0  # in which a peer has to take the next step before the probe ends
-CONNECT_LIMIT = 10.0  # in which one of several addresses has to accept a connection
+ADDRESS_LIMIT = 3.0  # in which one of several addresses has to accept a connection
 
-# A greeting of ZMTP 3.0. ZMTP 2 begins in the same way.
+# The greeting of ZMTP 3.0: signature (10 bytes), version (2), mechanism (20), as-server (1) and
+# filler (31). ZMTP 2 has the same signature, then its revision (1 byte) and socket type (1).
 SIGNATURE = b"\xff" + bytes(8) + b"\x7f"
-GREETING_VERSION = b"\x03\x00"
-GREETING_REST = b"NULL".ljust(20, b"\0") + bytes(32)  # mechanism, as-server and filler
-# The command that ends a handshake of ours: flags, length, name, and one property with the length of its value.
-READY = b"\x04\x19\x05READY\x0bSocket-Type" + (3).to_bytes(4) + b"REQ"
+VERSION_AT = 10
+MECHANISM_AT = 12
+MECHANISM_END = 32
+GREETING_SIZE = 64
+VERSION = b"\x03\x00"
+MECHANISM_AND_REST = b"NULL".ljust(20, b"\0") + bytes(32)
+# A command of ZMTP 3.0: flags (1 byte), size (1 byte, or 8 if the flags say so), and a body that
+# begins with the command's name. READY has properties: name, size of the value (4 bytes), value.
+LONG_FLAG = 2
+COMMAND_LIMIT = 1024  # bytes of a READY command to read; the Socket-Type is among the first
+SOCKET_TYPE = b"\x0bSocket-Type"
+READY_FROM_REQ = b"\x04\x19\x05READY" + SOCKET_TYPE + (3).to_bytes(4) + b"REQ"
 # The socket types of ZMTP 2, in the order of their numbers.
-OLD_TYPES = ("PAIR", "PUB", "SUB", "REQ", "REP", "DEALER", "ROUTER", "PULL", "PUSH", "XPUB", "XSUB")
+ZMTP_2_TYPES = (
+    "PAIR", "PUB", "SUB", "REQ", "REP", "DEALER", "ROUTER", "PULL", "PUSH", "XPUB", "XSUB"
+)  # fmt: skip
 
 WRONG_MECHANISM = {
     "CURVE": "it requires CURVE; pass --server-key",
@@ -44,215 +55,200 @@ class Finding(NamedTuple):
     old: bool = False  # whether the peer speaks ZMTP 1 or 2, whose handshake libzmq does not report
 
 
-OLD_PEER = Finding("", old=True)
+USABLE = Finding("")
+USABLE_OLD_PEER = Finding("", old=True)
 
 
-class Background:
-    """Runs an iterator in a daemon thread, as a name server or a peer may hold it up for as long as it likes."""
+class Expected(NamedTuple):
+    """The peer that is looked for at an endpoint."""
 
-    def __init__(self, iterator: Iterator[Any]) -> None:
-        self.latest: Any = None  # what it has yielded last
-        self.began = time.monotonic()
-        self.ended = math.inf
-        self._iterator = iterator
-        try:
-            start_thread(self._run)
-        except OSError:  # too many threads; whoever wants the answer asks again
-            self.ended = self.began
-
-    def _run(self) -> None:
-        # Without descriptors nothing can be imported; whoever wants the answer asks again.
-        with suppress(OSError, ImportError, LookupError):
-            for latest in self._iterator:
-                self.latest = latest
-        self.ended = time.monotonic()
+    socket_types: Collection[str]
+    curve: bool  # whether we use CURVE
+    was_ready: bool  # whether such a peer has been there, so that the port is certainly right
 
 
-def diagnose(
-    endpoint: str, wanted: Collection[str], *, curve: bool, was_ready: bool
-) -> Iterator[Finding]:
-    """Yield where the way to a peer at ``endpoint`` stands, step by step; the last finding is final.
+class Stream:
+    """All that a peer says over a connection, kept from its first byte on."""
 
-    ``wanted``: the types that its socket may have. ``curve``: whether we use CURVE. ``was_ready``: whether a good peer
-    has been there, so that the port is certainly right. Each step takes ``STEP_LIMIT`` seconds at most; name resolution
-    has no limit.
+    def __init__(self, connection: "socket") -> None:
+        self.send = connection.sendall
+        self._connection = connection
+        self.received = b""
+
+    def read(self, size: int, limit: float = STEP_LIMIT) -> bytes:
+        """Return all that has come, once it is ``size`` bytes at least.
+
+        Raises TimeoutError after ``limit`` seconds of silence, or OSError if the connection ends.
+        """
+        self._connection.settimeout(limit)
+        while len(self.received) < size:
+            data = self._connection.recv(4096)
+            if not data:
+                raise ConnectionError
+            self.received += data
+        return self.received
+
+
+def diagnose(endpoint: str, expected: Expected) -> Iterator[Finding]:
+    """Yield where the way to a peer at ``endpoint`` stands, step by step; the last one is final.
+
+    Each step takes ``STEP_LIMIT`` seconds at most; to resolve a name has no limit.
     """
-    yield Finding("resolving the name takes long")
+    # Resolve
+    if is_named(endpoint):
+        yield Finding("resolving the name takes long")
     try:
         addresses = resolve(endpoint)
     except (OSError, UnicodeError) as error:
-        host = endpoint.removeprefix("tcp://").rpartition(":")[0]
+        host, _port = split_endpoint(endpoint)
         yield Finding(f"cannot resolve {host}: {in_words(error)}")
         return
 
-    yield Finding("connecting takes long")
-    try:
-        peer = connect_to_any(addresses)
-    except OSError as error:
-        yield Finding(in_words(error))
+    # Connect
+    connection = yield from connect_to_any(addresses)
+    if not connection:
         return
 
-    with peer:
+    # Shake hands
+    with connection:
         try:
-            yield from greet(peer, wanted, curve=curve, was_ready=was_ready)
+            yield from greet(Stream(connection), expected)
         except TimeoutError:
-            return
+            return  # what was found before stays true
         except OSError:
             yield Finding("connected, but the connection was closed during the ZeroMQ handshake")
 
 
-def resolve_numeric(endpoint: str) -> Iterator[list[str]]:
-    """Yield, once, the endpoints with addresses in numbers that ``endpoint`` stands for; none if there are none."""
-    addresses: list[tuple[int, Any]] = []
-    with suppress(OSError, UnicodeError):
-        addresses = resolve(endpoint)
-    yield [
-        # An IPv6 address has a flow label and a scope, which a link-local one needs.
-        f"tcp://[{host}{f'%{rest[1]}' if rest[1] else ''}]:{port}"
-        if rest
-        else f"tcp://{host}:{port}"
-        for _family, (host, port, *rest) in addresses
-    ]
+def connect_to_any(addresses: list[Address]) -> Generator[Finding, None, "socket | None"]:
+    """Yield what happens at each of ``addresses``; return a connection to the first that accepts.
 
-
-def resolve(endpoint: str) -> list[tuple[int, Any]]:
-    """Return family and address of each socket that ``endpoint`` may mean, IPv4 first; raise OSError. May take long."""
-    import socket
-
-    scheme, _, rest = endpoint.partition("://")
-    if scheme == "ipc":
-        return [(UNIX_FAMILY, f"\0{rest[1:]}" if rest.startswith("@") else rest)]
-    host, _, port = rest.rpartition(":")
-    found = socket.getaddrinfo(host.strip("[]"), int(port), type=socket.SOCK_STREAM)
-    addresses = [(int(family), address) for family, _, _, _, address in found]
-    return sorted(dict.fromkeys(addresses), key=lambda each: each[0] != socket.AF_INET)
-
-
-def connect_to_any(addresses: list[tuple[int, Any]]) -> "socket":
-    """Return a connection to the first of ``addresses`` that accepts one; raise the first OSError if none does."""
-    import socket
-
-    failures: list[OSError] = []
-    for family, address in addresses:
-        peer = None
-        try:
-            peer = socket.socket(family, socket.SOCK_STREAM)
-            peer.settimeout(STEP_LIMIT if len(addresses) == 1 else CONNECT_LIMIT)
-            peer.connect(address)
-            # TCP can connect to a free port from that very port.
-            if family != UNIX_FAMILY and peer.getsockname() == peer.getpeername():
-                raise ConnectionRefusedError("Connection refused")
-        except OSError as error:
-            failures.append(error)
-            if peer:
-                peer.close()
-        else:
-            return peer
-    raise failures[0]
-
-
-def greet(
-    peer: "socket", wanted: Collection[str], *, curve: bool, was_ready: bool
-) -> Iterator[Finding]:
-    """Begin to greet ``peer``, and yield what can be said of it until its handshake ends.
-
-    libzmq hangs up on a whole greeting with another mechanism before it shows its own, and JeroMQ 0.3 on any whole
-    greeting. So each part is sent only when the peer has said enough.
+    If there are several, the findings name them.
     """
-    mute = "connected, but no ZeroMQ greeting yet"
-    yield Finding(mute)
-    peer.sendall(SIGNATURE)
-    received = b""
-    peer.settimeout(GREETING_DELAY)
+    several = len(addresses) > 1
+    reasons: list[str] = []
+    for family, address in addresses:
+        host = address[0] if several else ""
+        yield Finding(f"connecting to {host} takes long" if several else "connecting takes long")
+        try:
+            return connect(family, address, ADDRESS_LIMIT if several else STEP_LIMIT)
+        except OSError as error:
+            reasons.append(f"{in_words(error)} ({host})" if several else in_words(error))
+    yield Finding("; ".join(dict.fromkeys(reasons)))
+    return None
+
+
+def connect(family: int, address: object, limit: float) -> "socket":
+    """Return a connection to ``address``; raise OSError, TimeoutError after ``limit`` seconds."""
+    import socket
+
+    connection = socket.socket(family, socket.SOCK_STREAM)
     try:
-        received = read(peer, received, 1)
-    except TimeoutError:
-        yield Finding(
-            f"{mute}; {'the server may be hung' if was_ready else 'wrong port, or a hung server?'}"
-        )
-    peer.settimeout(STEP_LIMIT)
-    received = read(peer, received, 1)
+        connection.settimeout(limit)
+        connection.connect(address)  # type: ignore[arg-type]  # what getaddrinfo() has returned
+        # TCP can connect to a free port from that very port.
+        if family != UNIX_FAMILY and connection.getsockname() == connection.getpeername():
+            raise ConnectionRefusedError("Connection refused")
+    except OSError:
+        connection.close()
+        raise
+    return connection
+
+
+def greet(stream: Stream, expected: Expected) -> Iterator[Finding]:
+    """Begin to greet, and yield what can be said of the peer until its handshake ends.
+
+    libzmq hangs up on a whole greeting with another mechanism before it shows its own, and JeroMQ
+    0.3 on any whole greeting. So each part is sent only when the peer has said enough.
+    """
+    silent = "connected, but no ZeroMQ greeting yet"
+    yield Finding(silent)
+    stream.send(SIGNATURE)
+    with suppress(TimeoutError):
+        stream.read(1, GREETING_DELAY)
+    if not stream.received:
+        guess = "the server may be hung" if expected.was_ready else "wrong port, or a hung server?"
+        yield Finding(f"{silent}; {guess}")
+
+    received = stream.read(1)
     if received[:1] == SIGNATURE[:1]:
-        received = read(peer, received, len(SIGNATURE))
+        received = stream.read(len(SIGNATURE))
         if received[9:10] == SIGNATURE[9:]:
-            yield from shake_hands(peer, received, wanted, curve=curve)
+            yield from shake_hands(stream, expected)
             return
-    # ZMTP 1 begins with a frame: the length of what follows, flags (0), and an identity.
-    elif received[1:2] in (b"", b"\0"):
-        received = read(peer, received, 1 + received[0])
-        if received[1:2] == b"\0" and len(received) == 1 + received[0]:
-            yield judge("", wanted, old="ZMTP 1", curve=curve)
-            return
-    yield Finding(f"it does not speak ZeroMQ; it says {abridge(received)}", hopeless=True)
+    elif speaks_zmtp_1(stream):
+        yield judge_old_peer("ZMTP 1", "", expected)
+        return
+    yield Finding(f"it does not speak ZeroMQ; it says {abridge(stream.received)}", hopeless=True)
 
 
-def shake_hands(
-    peer: "socket", received: bytes, wanted: Collection[str], *, curve: bool
-) -> Iterator[Finding]:
-    """Go on after the signature of ``peer``, and yield what it is."""
+def speaks_zmtp_1(stream: Stream) -> bool:
+    """Return whether the peer says what one of ZMTP 1 begins with: a frame with its identity.
+
+    The frame is the size of what follows (1 byte), flags (1 byte, 0) and the identity. Anything
+    more, as in the banner of an SSH server, is another protocol.
+    """
+    received = stream.read(1)
+    if received[1:2] not in (b"", b"\0"):
+        return False
+    size = 1 + received[0]
+    received = stream.read(size)
+    return received[1:2] == b"\0" and len(received) == size
+
+
+def shake_hands(stream: Stream, expected: Expected) -> Iterator[Finding]:
+    """Go on after the signature of ZMTP 2 or later, and yield what the peer is."""
     yield Finding("connected, but the ZeroMQ handshake is not finished yet")
-    peer.sendall(GREETING_VERSION)
-    received = read(peer, received, 12)
-    if received[10] < 3:
-        socket_type = (
-            OLD_TYPES[received[11]] if received[10] and received[11] < len(OLD_TYPES) else ""
-        )
-        yield judge(socket_type, wanted, old="ZMTP 2", curve=curve)
+    stream.send(VERSION)
+    received = stream.read(MECHANISM_AT)
+    version, number = received[VERSION_AT], received[VERSION_AT + 1]
+    if version < VERSION[0]:
+        is_known = version > 0 and number < len(ZMTP_2_TYPES)
+        yield judge_old_peer("ZMTP 2", ZMTP_2_TYPES[number] if is_known else "", expected)
         return
 
-    received = read(peer, received, 64)
-    mechanism = received[12:32].rstrip(b"\0").decode(errors="backslashreplace")
-    if mechanism != ("CURVE" if curve else "NULL"):
-        yield Finding(
-            WRONG_MECHANISM.get(mechanism, f"it requires {mechanism}, which zmqmsg does not speak"),
-            True,
-        )
-    elif curve:
-        yield Finding("")  # whether it knows our key, libzmq reports
-    else:
-        peer.sendall(GREETING_REST)
-        socket_type = read_socket_type(peer, received)
-        if socket_type in ("REP", "ROUTER"):
-            peer.sendall(READY)  # or the server would report a client that hangs up
-        yield judge(socket_type, wanted)
+    received = stream.read(GREETING_SIZE)
+    mechanism = received[MECHANISM_AT:MECHANISM_END].rstrip(b"\0").decode(errors="backslashreplace")
+    if mechanism != ("CURVE" if expected.curve else "NULL"):
+        reason = f"it requires {mechanism}, which zmqmsg does not speak"
+        yield Finding(WRONG_MECHANISM.get(mechanism, reason), hopeless=True)
+        return
+    if expected.curve:
+        yield USABLE  # whether it knows our key, libzmq reports
+        return
+
+    stream.send(MECHANISM_AND_REST)
+    socket_type = read_socket_type(stream)
+    if "REP" in expected.socket_types and socket_type in expected.socket_types:
+        stream.send(READY_FROM_REQ)  # or the server would report a client that hangs up
+    yield judge(socket_type, expected)
 
 
-def read_socket_type(peer: "socket", received: bytes) -> str:
-    """Return the Socket-Type of the READY command after the greeting's 64 bytes; empty if something else follows."""
-    received = read(peer, received, 66)
-    length = received[65]
-    if received[64] & 2:  # a long command
-        length = int.from_bytes(read(peer, received, 73)[65:73])
-    received = read(peer, received, 66 + min(length, 1024))
-    value = received[64:].partition(b"\x0bSocket-Type")[2]
-    return value[4 : 4 + int.from_bytes(value[:4])].decode(errors="backslashreplace")
+def read_socket_type(stream: Stream) -> str:
+    """Return the Socket-Type of the READY command after the greeting; empty if there is none."""
+    size_at = GREETING_SIZE + 1
+    body_at = size_at + 1
+    received = stream.read(body_at)
+    size = received[size_at]
+    if received[GREETING_SIZE] & LONG_FLAG:
+        body_at = size_at + 8
+        size = int.from_bytes(stream.read(body_at)[size_at:body_at])
+    received = stream.read(body_at + min(size, COMMAND_LIMIT))
+    _before, _name, value = received[body_at:].partition(SOCKET_TYPE)
+    value_size = int.from_bytes(value[:4])
+    return value[4 : 4 + value_size].decode(errors="backslashreplace")
 
 
-def judge(
-    socket_type: str, wanted: Collection[str], *, old: str = "", curve: bool = False
-) -> Finding:
-    """Return what to think of a peer whose socket is of ``socket_type`` (empty: not known); ``old``: its protocol."""
-    if old and curve:
-        return Finding(f"it speaks {old}, which is too old for CURVE", hopeless=True)
-    if not socket_type or socket_type in wanted:
-        return OLD_PEER if old else Finding("")
-    return Finding(f"it is a {socket_type} socket, not a {' or '.join(wanted)}", hopeless=True)
+def judge(socket_type: str, expected: Expected) -> Finding:
+    """Return what to think of a peer with a socket of ``socket_type`` (empty: not known)."""
+    if not socket_type or socket_type in expected.socket_types:
+        return USABLE
+    wanted = " or ".join(expected.socket_types)
+    return Finding(f"it is a {socket_type} socket, not a {wanted}", hopeless=True)
 
 
-def read(peer: "socket", received: bytes, size: int) -> bytes:
-    """Return ``received`` and what comes after it, ``size`` bytes at least; raise OSError if they do not come."""
-    while len(received) < size:
-        if not (data := peer.recv(4096)):
-            raise ConnectionError
-        received += data
-    return received
-
-
-def in_words(error: Exception) -> str:
-    """Return the system's own words for ``error``."""
-    if isinstance(error, UnicodeError):  # whose words are about codecs
-        return "not a valid name"
-    if isinstance(error, TimeoutError):
-        return "connection timed out"
-    words = getattr(error, "strerror", None) or str(error)
-    return words[:1].lower() + words[1:]
+def judge_old_peer(protocol: str, socket_type: str, expected: Expected) -> Finding:
+    """Return what to think of a peer that speaks an old ``protocol``."""
+    if expected.curve:
+        return Finding(f"it speaks {protocol}, which is too old for CURVE", hopeless=True)
+    finding = judge(socket_type, expected)
+    return USABLE_OLD_PEER if finding == USABLE else finding

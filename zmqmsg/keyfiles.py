@@ -56,7 +56,6 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
     public_exists = os.path.lexists(public_file)
     is_new = not os.path.exists(path) and create_secret_file(path, public_exists)
     content = read_key_file(path)
-    check_secrecy(path, content.status, is_new=is_new)
     if content.is_bare:
         raise KeyFileError(
             f"{path} holds a key without a name, which may be either half;"
@@ -64,6 +63,7 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
         )
     if not content.secret:
         raise KeyFileError(f"{path} is a public key; pass the secret key file")
+    check_secrecy(path, content.status, is_new=is_new)
     if public_exists:
         check_public_half(public_file, path, content.public)
     elif stat.S_ISREG(content.status.st_mode):
@@ -180,13 +180,11 @@ def check_secrecy(path: str, status: os.stat_result, *, is_new: bool) -> None:
             f"cannot keep a secret key in {path}: others could read it;"
             " put it on a file system that keeps modes"
         )
+    advice = f"run: chmod 600 {shlex.quote(path)}"
     if is_read_only(path):
         advice = "set its mode where it is mounted, to 0400 or, for a group, to 0440"
-    else:
-        advice = (
-            f"run: chmod 600 {shlex.quote(path)}"
-            " (if that has no effect, put it on a file system that keeps modes)"
-        )
+    elif status.st_mode & stat.S_IXOTH:  # file systems without modes show all files like that
+        advice = f"put it on a file system that keeps modes, or {advice}"
     raise KeyFileError(f"others may read the secret key in {path}; {advice}")
 
 

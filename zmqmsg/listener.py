@@ -1,41 +1,41 @@
-"""What ``serve`` binds: the endpoints, what the user is told of them, and the clients that do not get through."""
+"""What ``serve`` binds: the endpoints, and what the user is told of them."""
 
 import errno
 import os
 import re
 import stat
-import struct
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import cast
 
-import zmq
+from zmqmsg.background import Background
+from zmqmsg.names import is_interface, is_named, resolve_to_endpoints, split_endpoint
+from zmqmsg.notices import Failure, notify
+from zmqmsg.sockets import NOT_HERE, Socket, bind
+from zmqmsg.stopping import Stop
+from zmqmsg.system import UNIX_FAMILY, is_owned_by_another
 
-from zmqmsg.console import CLIENT_INTERVAL, ClientNotices, Failure, notify
-from zmqmsg.sockets import Socket, bind, open_monitor
-from zmqmsg.system import UNIX_FAMILY, start_thread
+RESOLVE_LOOK = 0.02  # seconds between looks whether a name was resolved
 
-HUNG_UP = (
-    "the handshake was broken off: its socket is no REQ or DEALER, it does not speak ZeroMQ, one side has keys, and the"
-    " other has none, it is an old client (ZMTP 1 or 2) that is done, or it looks why it has to wait"
-)
-WRONG = {
-    int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH): "one side has keys, and the other has none",
-    int(zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC): "its --server-key is not the key of this server",
-}
+# How endpoints begin that only this machine can reach.
+LOCAL = ("tcp://127.", "tcp://[::1]", "ipc://")
+ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
+
+
+class StopRequested(Exception):
+    """A signal came before the endpoint was bound."""
 
 
 @contextmanager
-def bound(socket: Socket, endpoint: str) -> Iterator[str]:
-    """Bind ``socket`` while the context lasts, and yield the real endpoint, with its port; raise Failure."""
-    # A name that begins with @ is an abstract one of Linux: no file.
-    path = endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
-    if path and _is_taken(path):
-        raise Failure(
-            f"cannot bind {endpoint}: a server or a file is there already; choose another path"
-        )
-    bind(socket, endpoint)
+def bound(socket: Socket, endpoint: str, stop: Stop) -> Iterator[str]:
+    """Bind ``socket`` while the context lasts, and yield the real endpoint, with its port.
+
+    Raises Failure, or StopRequested while a name server does not answer.
+    """
+    path = socket_path(endpoint)
+    if path:
+        make_room(path, endpoint)
+    bind_to_any(socket, endpoint, find_addresses(endpoint, stop))
     inode = os.lstat(path).st_ino if path else None
     try:
         yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
@@ -45,100 +45,97 @@ def bound(socket: Socket, endpoint: str) -> Iterator[str]:
                 os.unlink(path)
 
 
-def _is_taken(path: str) -> bool:
-    """Return whether there is more than a stale socket at ``path``, which libzmq would unlink; raise OSError."""
-    import socket  # 3 ms, for servers on ipc paths alone
+def find_addresses(endpoint: str, stop: Stop) -> list[str]:
+    """Return the endpoints, with addresses in numbers, that ``endpoint`` stands for.
 
+    libzmq would block on a name server, and then a signal would not end us. It knows the names of
+    interfaces by itself. Raises Failure or StopRequested.
+    """
+    host, port = split_endpoint(endpoint)
+    if not is_named(endpoint) or is_interface(host):
+        return [endpoint]
+    scope = host.partition("%")[2]
+    if scope and not is_interface(scope):
+        raise Failure(f"cannot bind {endpoint}: this machine has no network interface '{scope}'")
+    # A name server knows no wildcard: port 0 means the same.
+    name = endpoint if port != "*" else endpoint.removesuffix("*") + "0"
+    resolver = Background(resolve_to_endpoints(name))
+    while not resolver.is_over():
+        if stop.wait(RESOLVE_LOOK):
+            raise StopRequested
+    if not resolver.latest:
+        raise Failure(f"cannot bind {endpoint}: {NOT_HERE}")
+    return cast(list[str], resolver.latest)
+
+
+def bind_to_any(socket: Socket, endpoint: str, addresses: list[str]) -> None:
+    """Bind ``socket`` to the first of ``addresses`` that can be bound; raise Failure."""
+    reasons: list[str] = []
+    for address in addresses:
+        reason = bind(socket, address)
+        if not reason:
+            return
+        reasons.append(reason)
+    raise Failure(f"cannot bind {endpoint}: {reasons[0]}")
+
+
+# Paths of Unix sockets
+
+
+def socket_path(endpoint: str) -> str:
+    """Return the path of an ipc endpoint; nothing for others, and for abstract names of Linux."""
+    return endpoint.removeprefix("ipc://") if re.match("ipc://[^@]", endpoint) else ""
+
+
+def make_room(path: str, endpoint: str) -> None:
+    """Remove a stale socket at ``path``; raise Failure if something else is there, or OSError.
+
+    libzmq would remove whatever is there, even the socket of a server that runs.
+    """
     if not os.path.lexists(path):
+        return
+    if not is_stale_socket(path):
+        raise Failure(
+            f"cannot bind {endpoint}: a server or a file is there already; choose another path"
+        )
+    try:
+        os.unlink(path)
+    except PermissionError:
+        if not is_owned_by_another(path):
+            raise
+        raise Failure(
+            f"cannot bind {endpoint}: another user's server has left its socket there, which only"
+            " that user may remove; choose another path"
+        ) from None
+    except FileNotFoundError:
+        pass  # somebody else was faster
+
+
+def is_stale_socket(path: str) -> bool:
+    """Return whether there is a socket at ``path`` where nobody listens; raise OSError."""
+    import socket  # 3 ms, only for servers on ipc paths
+
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
         return False
-    with socket.socket(UNIX_FAMILY) as probe:
-        is_socket = stat.S_ISSOCK(os.lstat(path).st_mode)
-        probe.setblocking(False)
-        # Only where nobody listens is it refused; a busy server answers EAGAIN.
-        return not is_socket or probe.connect_ex(path) != errno.ECONNREFUSED
+    with socket.socket(UNIX_FAMILY) as client:
+        client.setblocking(False)
+        # A busy server answers EAGAIN.
+        return client.connect_ex(path) == errno.ECONNREFUSED
 
 
-LOCAL = (
-    "tcp://127.",
-    "tcp://[::1]",
-    "ipc://",
-)  # how endpoints begin that only this machine can reach
-ALL_ADDRESSES = {"tcp://0.0.0.0": "all IPv4 addresses", "tcp://[::]": "all IPv4 and IPv6 addresses"}
+# What the user is told
 
 
-def notify_of_endpoint(endpoint: str, *, open_to_all: bool) -> None:
-    """Tell the user what is bound, with a warning if other machines can reach it and nobody is kept out."""
+def notify_of_endpoint(endpoint: str, *, checks_clients: bool) -> None:
+    """Tell the user what is bound, with a warning if anybody on the network may use it."""
     host, _, port = endpoint.rpartition(":")
     everywhere = ALL_ADDRESSES.get(host)
-    notify(f"listening on {everywhere}, port {port}" if everywhere else f"listening on {endpoint}")
-    if open_to_all and not endpoint.startswith(LOCAL):
-        where = f"port {port}" if everywhere else endpoint
-        text = (
-            f"anyone who can reach {where} can use it; restrict access with --key and --client-keys"
+    where = f"{everywhere}, port {port}" if everywhere else endpoint
+    notify(f"listening on {where}")
+    if not checks_clients and not endpoint.startswith(LOCAL):
+        place = f"port {port}" if everywhere else endpoint
+        notify(
+            f"warning: anyone who can reach {place} can use it;"
+            " restrict access with --key and --client-keys",
+            "yellow",
         )
-        notify(f"warning: {text}", "yellow")
-
-
-def watch_handshakes(socket: Socket) -> None:
-    """Notify the user of clients of ``socket``, not bound yet, whose handshakes fail; raise Failure or OSError."""
-    # A thread reads the monitor, even while the server waits for a command: one that nobody reads stops the server.
-    handshake = zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-    failure = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    events = zmq.EVENT_ACCEPTED | handshake | failure | zmq.EVENT_DISCONNECTED
-    monitor = open_monitor(socket, "inproc://zmqmsg.listener", events)
-    start_thread(lambda: _report_handshakes(monitor))
-
-
-def _report_handshakes(monitor: Socket) -> None:
-    notices = ClientNotices()
-    addresses: dict[int, str] = {}  # of each connection, by its descriptor
-    unfinished: set[int] = set()  # connections whose handshakes have certainly not succeeded
-    explained: dict[
-        str, float
-    ] = {}  # addresses of which more is known than that they hang up, and since when
-    reason = ""
-    with monitor, suppress(zmq.ContextTerminated):
-        while True:
-            event, value = struct.unpack("=HI", monitor.recv_multipart()[0])
-            if event == zmq.EVENT_ACCEPTED:
-                addresses[value] = _peer_address(value)
-                unfinished.add(value)
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
-                reason = WRONG.get(value, "it broke the protocol of the handshake")
-            elif event == zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL:
-                reason = HUNG_UP
-            elif (
-                event != zmq.EVENT_DISCONNECTED
-            ):  # it succeeded, or ZAP tells of it; whose, libzmq does not say
-                unfinished.clear()
-            else:  # which follows the others, and says whose they are
-                address = addresses.pop(value, "an unknown address")
-                # It ends without a word where our side finds a socket of the wrong type first.
-                reason = reason or (HUNG_UP if value in unfinished else "")
-                unfinished.discard(value)
-                # A client that looks why it does not get through also hangs up.
-                now = time.monotonic()
-                explained = {
-                    each: since
-                    for each, since in explained.items()
-                    if now - since < CLIENT_INTERVAL
-                }
-                if reason and not (reason is HUNG_UP and address in explained):
-                    notices.report(f"a client from {address} did not get through: {reason}")
-                if reason and reason is not HUNG_UP:
-                    explained[address] = now
-                reason = ""
-
-
-def _peer_address(descriptor: int) -> str:
-    """Return the address of whoever is connected to the socket with this ``descriptor`` of libzmq."""
-    from socket import socket
-
-    with suppress(OSError):  # it is gone already
-        peer = socket(fileno=descriptor)
-        try:
-            name = peer.getpeername()
-            return str(name[0]) if isinstance(name, tuple) else "a Unix socket"
-        finally:
-            peer.detach()
-    return "an unknown address"

@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple, TextIO, cast
 
@@ -20,6 +20,7 @@ from zmqmsg.system import (
     LINES_END_WITH_CR_LF,
     READER_GONE,
     TERMINAL_LINE_LIMIT,
+    watch_for_errors,
     write_parts,
 )
 
@@ -87,7 +88,7 @@ class Output:
         self._writing_since = math.inf  # by time.monotonic(); infinity: nothing is being written
         # What poll() watches to see that the reader has gone; empty where it cannot see that.
         self.descriptors = [self._stream.fileno()] if has_reader(self._stream) else []
-        self._poll_for_errors = errors_of(self.descriptors)
+        self._watch = watch_for_errors(self.descriptors)
 
     def write(self, frames: Frames) -> None:
         """Write a message; raise BrokenPipeError if its reader has gone, or Failure."""
@@ -116,7 +117,7 @@ class Output:
 
     def is_abandoned(self) -> bool:
         """Return whether the reader has gone, as far as the system can say."""
-        return bool(self._poll_for_errors(0))
+        return self._watch()
 
     def _as_text(self, frames: list[bytes]) -> bytes:
         if self._form.quoted or len(frames) > 1:
@@ -133,18 +134,6 @@ def has_reader(stream: Any) -> bool:
     except OSError:  # it has no descriptor
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
-
-
-def errors_of(descriptors: Sequence[int]) -> Callable[[int], Sequence[object]]:
-    """Return a function that waits, for so many milliseconds, and returns errors there are."""
-    if not descriptors:
-        return lambda _milliseconds: ()
-    import select
-
-    poll = select.poll()
-    for descriptor in descriptors:
-        poll.register(descriptor, 0)  # no event but errors
-    return poll.poll
 
 
 def write_all(stream: Any, *parts: Any) -> None:

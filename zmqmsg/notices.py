@@ -285,7 +285,7 @@ class ClientNotices:
         now = time.monotonic()
         self._given = drop_old(self._given, now)
         if notice not in self._given and len(self._given) >= CLIENT_LIMIT:
-            notice = "further clients that do not get through are not named for a while"
+            notice = "further refusals are not shown for a while"
         if notice not in self._given:
             self._given[notice] = now
             self._notify(notice, "yellow")

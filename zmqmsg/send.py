@@ -1,4 +1,4 @@
-"""``zmqmsg send``: Lazy Pirate (ZeroMQ Guide, chapter 4), with one REQ socket for each endpoint."""
+"""``zmqmsg send``: Lazy Pirate (ZeroMQ Guide, chapter 4), with one REQ socket per endpoint."""
 
 import math
 import time
@@ -7,85 +7,83 @@ from contextlib import ExitStack, closing
 from functools import partial
 from typing import NamedTuple
 
-import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.connection import PROBE_DELAY, Peer, fail_without_hope, wait
-from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify, read_messages
+from zmqmsg.connection import PROBE_DELAY, Peer, fail_if_hopeless, poll
+from zmqmsg.keys import Keys
+from zmqmsg.messages import Form, Output, Source, reader_gone
+from zmqmsg.notices import NOTICE_DELAY, Failure, notify
 from zmqmsg.quoting import abridge, count_of, describe
 from zmqmsg.sockets import open_socket, receive, send, share_context
-from zmqmsg.system import yield_processor
+from zmqmsg.system import raise_descriptor_limit, yield_processor
 
-# Looks for a reply before going to sleep, which takes longer than a fast reply: they save 40 % of a round trip.
+# Looks for a reply before going to sleep, which takes longer than a fast reply: they save 40 % of a
+# round trip.
 SPINS = 50
-OVERSLEPT = 0.1  # seconds past a deadline that tell that the process was stopped; and then to wait for what has come
+BRIEF_TIMEOUT = 5.0  # seconds up to which the last line says all: notices on the way are left out
+OVERSLEPT = 0.1  # seconds past a deadline that mean that the process was stopped meanwhile
+MANY_ENDPOINTS = 10  # each takes four file descriptors or more
+SMALL_FRAME = 512  # bytes; every server accepts frames of this size
+# Connections that were lost after the same time, in seconds, within this tolerance
+SAME_TIME = 0.5
+LEAST_IDLE_LIMIT = 2.0  # seconds; shorter ones are no idle limits of proxies
 DO_NOT_WAIT = int(zmq.NOBLOCK)  # arithmetic with the enum itself is slow
 
 
 def run(
     *,
-    connect: tuple[str, ...],
-    timeout: float | None,
-    retries: int,
-    file: tuple[str, ...],
-    multipart: bool,
-    verbose: bool,
+    connect: Sequence[str],
+    source: Source,
+    keys: Keys,
     form: Form,
     max_size: int,
-    key: str | None,
-    server_key: str | None,
-    message: tuple[str, ...],
+    timeout: float,
+    retries: int,
+    verbose: bool,
 ) -> None:
-    """Send each message and print its reply; the options are those of the command. Raises Failure."""
-    arguments = [form.decode_argument(argument) for argument in message]
-    for argument in message if not connect else ():
-        if argument.startswith(("tcp://", "ipc://")):
-            notify(f"'{argument}' is sent as a message; to connect there, use --connect", "yellow")
-    apply_keys = None
-    if key and not server_key:
-        raise click.UsageError("--key needs --server-key: the public key file of the server")
-    if server_key:
-        from zmqmsg.curve import load_keys  # 5 ms, for CURVE alone
+    """Send each message and print its reply.
 
-        _, apply_keys = load_keys(key, server_key)
-    open_req = partial(
-        open_socket, share_context(), zmq.REQ, max_size=max_size, apply_keys=apply_keys
+    ``connect``: endpoints; without any, the default endpoint. ``max_size``: bytes of a frame.
+    ``timeout``: seconds for an attempt, or infinity. ``retries``: further attempts. ``verbose``:
+    notify the user of connections and replies. Raises UsageError or Failure.
+    """
+    # Prepare
+    keys.check_for_send()
+    secure = keys.load().secure_client if keys.are_given() else None
+    endpoints = connect or (DEFAULT_ENDPOINT,)
+    if len(endpoints) > MANY_ENDPOINTS:
+        raise_descriptor_limit()
+    open_req = partial(open_socket, share_context(), zmq.REQ, max_size=max_size, secure=secure)
+    new_peer = partial(
+        Peer,
+        open_socket=open_req,
+        probe_delay=min(PROBE_DELAY, timeout / 4),  # so that an attempt ends with a finding
+        verbose=verbose,
+        brief=timeout <= BRIEF_TIMEOUT and not verbose,
     )
-    probe_delay = min(
-        PROBE_DELAY, (timeout or math.inf) / 4
-    )  # so that an attempt ends with what was found
-    new_peer = partial(Peer, open_socket=open_req, probe_delay=probe_delay, verbose=verbose)
     output = Output(form)
+    times = Times()
+
+    # Send
+    count = 0
     with ExitStack() as stack:
-        peers = [
-            stack.enter_context(closing(new_peer(endpoint)))
-            for endpoint in connect or (DEFAULT_ENDPOINT,)
-        ]
-        client = Client(peers, timeout=timeout or math.inf, retries=retries)
-        messages = stack.enter_context(closing(read_messages(arguments, file, form)))
-        times = Times()
+        peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in endpoints]
+        client = Client(peers, output, timeout=timeout, retries=retries, verbose=verbose)
+        messages = stack.enter_context(closing(source.read()))
         stack.callback(times.summarize)
-        reply = None
-        for frames in [join_frames(messages)] if multipart else messages:
+        for frames in messages:
             reply = client.ask(frames)
             output.write(reply.frames)
+            count += 1
             if verbose:
                 times.add(reply)
-        if reply is None:
-            notify("nothing to send: there is no MESSAGE, and standard input is empty", "yellow")
-
-
-def join_frames(messages: Iterable[list[bytes]]) -> list[bytes]:
-    """Return the frames of all ``messages`` as one message; raise UsageError if there are none."""
-    frames = [frame for message in messages for frame in message]
-    if not frames:
-        raise click.UsageError("--multipart needs at least one message")
-    return frames
+    if count == 0:
+        notify("nothing to send: there is no MESSAGE, and standard input is empty", "yellow")
 
 
 class Reply(NamedTuple):
-    """The frames of a reply, the endpoint that it came from, and the seconds from sending the request to it."""
+    """A reply: its frames, its endpoint, and the seconds from sending the request to it."""
 
     frames: list[zmq.Frame]
     endpoint: str
@@ -93,7 +91,7 @@ class Reply(NamedTuple):
 
 
 class Times:
-    """What --verbose says of replies: a line for each, and a summary at the end, like that of ping."""
+    """What --verbose says of replies: a line for each, and a summary at the end, as ping has."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -110,11 +108,12 @@ class Times:
         notify(f"reply from {reply.endpoint}: {describe(reply.frames)}, {milliseconds:.2f} ms")
 
     def summarize(self) -> None:
-        """Notify the user of the number of replies and of the times, if there were several."""
+        """Notify the user of the number of replies and their times, if there were several."""
         if self._count > 1:
             average = self._sum / self._count
             notify(
-                f"{self._count} replies, min/avg/max {self._min:.2f}/{average:.2f}/{self._max:.2f} ms"
+                f"{self._count} replies,"
+                f" min/avg/max {self._min:.2f}/{average:.2f}/{self._max:.2f} ms"
             )
 
 
@@ -125,67 +124,139 @@ class NoReply(Failure):
 
 
 class AttemptEnded(Exception):
-    """An attempt brought no reply. ``hint``: what that may mean. ``final``: whether another attempt cannot succeed."""
+    """An attempt brought no reply. The message says why."""
 
-    def __init__(self, why: str, hint: str = "", *, final: bool = False) -> None:
-        super().__init__(why)
-        self.hint = hint
-        self.final = final
+    explanation = ""  # what that may mean
+    is_final = False  # whether another attempt cannot succeed
 
 
-CRASHED = "the request may have crashed the server"
-UNANSWERED = "the server may be slow or hung, or ignores requests of this form"
-REJECTED = "it lacks the empty frame of REQ/REP before its body, or a frame exceeds --max-size"
+class NoServer(AttemptEnded):
+    """Nobody was ready to receive the request in time."""
+
+
+class TimedOut(AttemptEnded):
+    """The request was sent, and no reply came in time."""
+
+    explanation = "the server may be slow or hung, or ignores requests of this form"
+
+
+class ConnectionLost(AttemptEnded):
+    """The connection ended before the reply came."""
+
+    explanation = "the request may have crashed the server"
+
+    def __init__(self, text: str, seconds: float) -> None:
+        """``seconds``: from the request to the end of the connection."""
+        super().__init__(text)
+        self.seconds = seconds
+
+
+class ReplyRejected(AttemptEnded):
+    """Our side did not accept the reply."""
+
+    is_final = True
+
+    def __init__(self, endpoint: str) -> None:
+        super().__init__(
+            f"the reply from {endpoint} was rejected: it lacks the empty frame of REQ/REP before"
+            " its body, or a frame exceeds --max-size"
+        )
+
+
+class Deadline:
+    """When an attempt ends.
+
+    If the process was stopped at that time, so was libzmq's thread: once, it gets a moment more.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """``seconds``: from now on; may be infinite."""
+        self.at = time.monotonic() + seconds
+        self._was_moved = False
+
+    def is_over(self) -> bool:
+        """Return whether the attempt is to end now."""
+        now = time.monotonic()
+        if now >= self.at + OVERSLEPT and not self._was_moved:
+            self.at = now + OVERSLEPT
+            self._was_moved = True
+        return now >= self.at
 
 
 class Client:
-    """Sends requests and waits for their replies, over the connections to all peers that are ready, round-robin.
+    """Sends requests and waits for their replies, over the connections to all ready peers in turn.
 
-    Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, N times at most. Here
-    an attempt also ends as soon as the connection does, so that a server that died is noticed without any limit. Only
-    a ``timeout`` helps where a malformed request has made a REP socket drop its next reply, ours (libzmq's rep.cpp).
+    Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, N
+    times at most. Here an attempt also ends as soon as the connection does, so that a server that
+    died is noticed without any limit. Only a ``timeout`` helps where a malformed request has made a
+    REP socket drop its next reply, ours (libzmq's rep.cpp).
     """
 
     def __init__(
-        self, peers: Iterable[Peer], *, timeout: float = math.inf, retries: int = 3
+        self,
+        peers: Iterable[Peer],
+        output: Output,
+        *,
+        timeout: float,
+        retries: int,
+        verbose: bool = False,
     ) -> None:
-        """``timeout``: seconds for an attempt, from name resolution to reply. ``retries``: further ones per request."""
-        self._peers = list(peers)  # the one that was used last is the last one
+        """``output``: where replies go. ``timeout``: seconds for an attempt, or infinity.
+
+        ``retries``: further attempts for each request. ``verbose``: say what is waited for even if
+        that is soon over.
+        """
+        self._peers = list(peers)  # the one that was asked last is the last one
+        self._output = output
         self._timeout = timeout
         self._retries = retries
+        self._brief = timeout <= BRIEF_TIMEOUT and not verbose
         self._sent = False  # whether a server may have received the current request
 
     def ask(self, frames: Sequence[bytes]) -> Reply:
-        """Send ``frames`` as one request and return the reply; raise NoReply, or Failure if no server can have it."""
+        """Send ``frames`` as one request and return the reply.
+
+        Raises NoReply, Failure if no server can have received the request, or BrokenPipeError if
+        nobody would read the reply.
+        """
         started = time.monotonic()
         self._sent = False
-        hint = ""
-        attempt = 0
+        ends: list[AttemptEnded] = []
         while True:
-            attempt += 1
             try:
-                return self._attempt(frames, time.monotonic() + self._timeout)
-            except AttemptEnded as ended:
-                # A lost connection says more about the request than a later failure.
-                hint = hint if hint == CRASHED else ended.hint or ("" if ended.final else hint)
-                # If no server was ever there, another attempt would not find one either.
-                in_vain = not any(peer.was_ready for peer in self._peers)
-                if ended.final or in_vain or attempt > self._retries:
-                    tries = f"({count_of(attempt, 'attempt')}, {time.monotonic() - started:.1f} s)"
-                    text = (
-                        f"no reply to {abridge(frames[0])} {tries}: {ended}"
-                        if self._sent
-                        else f"{ended} {tries}"
-                    )
-                    raise self._error(f"{text}; {hint}" if hint else text) from None
-                notify(f"{ended}; retrying ({attempt} of {self._retries})")
-            except (Failure, MemoryError) as error:
-                raise self._error(str(error) or "out of memory") from None
+                return self._attempt(frames, Deadline(self._timeout))
+            except AttemptEnded as end:
+                ends.append(end)
+                if not self._may_retry(ends):
+                    raise self._failure(frames, ends, time.monotonic() - started) from None
+                notify(f"{end}; retrying ({len(ends)} of {self._retries})")
+            except Failure as failure:
+                raise NoReply(failure.message) if self._sent else failure from None
+            except MemoryError:
+                raise self._error("out of memory") from None
+
+    def _may_retry(self, ends: Sequence[AttemptEnded]) -> bool:
+        # If no server was ever there, another attempt would not find one either.
+        was_anybody_there = any(peer.was_ready for peer in self._peers)
+        return not ends[-1].is_final and was_anybody_there and len(ends) <= self._retries
+
+    def _failure(
+        self, frames: Sequence[bytes], ends: Sequence[AttemptEnded], seconds: float
+    ) -> Failure:
+        """Return what ends the command after attempts that all brought no reply."""
+        cost = f"({count_of(len(ends), 'attempt')}, {seconds:.1f} s)"
+        if self._sent:
+            text = f"no reply to {abridge(frames[0])} {cost}: {ends[-1]}"
+        else:
+            text = f"{ends[-1]} {cost}"
+        explanation = explain(frames, ends)
+        return self._error(f"{text}; {explanation}" if explanation else text)
 
     def _error(self, text: str) -> Failure:
         return NoReply(text) if self._sent else Failure(text)
 
-    def _attempt(self, frames: Sequence[bytes], deadline: float) -> Reply:
+    def _attempt(self, frames: Sequence[bytes], deadline: Deadline) -> Reply:
+        """Send ``frames`` once and return the reply; raise AttemptEnded."""
         while True:
             peer = self._wait_for_peer(deadline)
             started = time.perf_counter()  # monotonic() has steps of 15 ms on Windows
@@ -196,66 +267,87 @@ class Client:
                 peer.renew()
         self._sent = True
         try:
-            if not (reply := receive_reply(peer, deadline)):
-                raise AttemptEnded(
-                    f"no reply from {peer.endpoint} within {self._timeout:g} s", UNANSWERED
-                )
+            reply = self._receive_reply(peer, deadline)
         except AttemptEnded:
-            peer.renew()  # that takes the request back, and whatever comes late
+            peer.renew()  # that takes back the request, and whatever comes late
             raise
         return Reply(reply, peer.endpoint, time.perf_counter() - started)
 
-    def _wait_for_peer(self, deadline: float) -> Peer:
-        """Return the peer that has not been asked for longest among those that are ready; wait for one."""
+    def _wait_for_peer(self, deadline: Deadline) -> Peer:
+        """Return the ready peer that has not been asked for longest; wait for one."""
         while True:
-            if ready := [peer for peer in self._peers if peer.update()]:
+            if self._output.is_abandoned():
+                raise reader_gone()
+            ready = [peer for peer in self._peers if peer.update()]
+            if ready:
                 self._peers.remove(ready[0])
                 self._peers.append(ready[0])
                 return ready[0]
-            fail_without_hope(self._peers)
-            now = time.monotonic()
-            deadline = allow_for_sleep(deadline, now)
-            if now >= deadline:
+            fail_if_hopeless(self._peers)
+            if deadline.is_over():
                 endpoints = ", ".join(peer.endpoint for peer in self._peers)
-                why = "; ".join(dict.fromkeys(peer.trouble.reason for peer in self._peers))
+                reasons = "; ".join(dict.fromkeys(peer.finding.reason for peer in self._peers))
                 for peer in self._peers:
-                    if peer.link.connected_at < math.inf:  # and stuck in its handshake
-                        peer.renew()
-                raise AttemptEnded(f"no server at {endpoints} within {self._timeout:g} s: {why}")
-            wait(self._peers, [], deadline)
+                    peer.renew()  # it may be stuck in its handshake
+                raise NoServer(f"no server at {endpoints} within {self._timeout:g} s: {reasons}")
+            poll(self._peers, self._output.descriptors, deadline.at)
+
+    def _receive_reply(self, peer: Peer, deadline: Deadline) -> list[zmq.Frame]:
+        """Return the frames of the reply to what was just sent; raise AttemptEnded."""
+        link = peer.link
+        for _ in range(SPINS):
+            yield_processor()
+            if reply := receive(link.socket):
+                return reply
+        sent_at = time.monotonic()
+        notice_at = math.inf if self._brief else sent_at + NOTICE_DELAY
+        while True:
+            poll([peer], [link.socket], min(deadline.at, notice_at))
+            link.read_events()
+            # Before the look into the socket: a reply may have come just before the end.
+            has_ended = link.ended
+            if reply := receive(link.socket):
+                return reply
+            if has_ended:
+                if link.wait_for_rejection():
+                    raise ReplyRejected(peer.endpoint)
+                seconds = time.monotonic() - sent_at
+                raise ConnectionLost(f"connection to {peer.endpoint} lost", seconds)
+            if deadline.is_over():
+                raise TimedOut(f"no reply from {peer.endpoint} within {self._timeout:g} s")
+            if time.monotonic() >= notice_at:
+                notify(f"waiting for a reply from {peer.endpoint}")
+                notice_at = math.inf
 
 
-def receive_reply(peer: Peer, deadline: float) -> list[zmq.Frame]:
-    """Return the frames of the reply to what was just sent, none at ``deadline``; raise AttemptEnded if it is lost."""
-    link = peer.link
-    for _ in range(SPINS):
-        yield_processor()
-        if reply := receive(link.socket):
-            return reply
-    notice_at = time.monotonic() + NOTICE_DELAY
-    while True:
-        wait([peer], [link.socket], min(deadline, notice_at))
-        link.read_events()
-        ended = (
-            link.ended
-        )  # before the look into the socket: a reply may have come just before the end
-        if reply := receive(link.socket):
-            return reply
-        if ended and link.was_rejected():
-            raise AttemptEnded(
-                f"the reply from {peer.endpoint} was rejected: {REJECTED}", final=True
-            )
-        if ended:
-            raise AttemptEnded(f"connection to {peer.endpoint} lost", CRASHED)
-        now = time.monotonic()
-        deadline = allow_for_sleep(deadline, now)
-        if now >= deadline:
-            return []
-        if now >= notice_at:
-            notify(f"waiting for a reply from {peer.endpoint}")
-            notice_at = math.inf
+def explain(frames: Sequence[bytes], ends: Sequence[AttemptEnded]) -> str:
+    """Return what it may mean that attempts to send ``frames`` ended like this, or nothing.
+
+    A lost connection says more about the request than any later failure, and that says more than
+    an earlier one. After a rejected reply there is nothing to guess.
+    """
+    lost = [end for end in ends if isinstance(end, ConnectionLost)]
+    if lost:
+        return explain_losses(frames, lost, every_time=len(lost) == len(ends))
+    if ends[-1].is_final:
+        return ""
+    explanations = [end.explanation for end in ends if end.explanation]
+    return explanations[-1] if explanations else ""
 
 
-def allow_for_sleep(deadline: float, now: float) -> float:
-    """Return ``deadline``, or a later one if the process was stopped: libzmq's thread has not run either."""
-    return now + OVERSLEPT if now >= deadline + OVERSLEPT else deadline
+def explain_losses(
+    frames: Sequence[bytes], lost: Sequence[ConnectionLost], *, every_time: bool
+) -> str:
+    """Return what it may mean that connections were lost while a reply was waited for."""
+    explanation = ConnectionLost.explanation
+    largest = max(len(frame) for frame in frames)
+    if largest > SMALL_FRAME:
+        explanation += f", or its frame of {largest} bytes exceeds the server's --max-size"
+    seconds = [loss.seconds for loss in lost]
+    is_regular = max(seconds) - min(seconds) <= SAME_TIME and min(seconds) >= LEAST_IDLE_LIMIT
+    if every_time and len(lost) > 1 and is_regular:
+        explanation = (
+            f"a proxy or tunnel on the way may end idle connections after {seconds[0]:.0f} s,"
+            f" or {explanation}"
+        )
+    return explanation

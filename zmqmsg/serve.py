@@ -1,227 +1,267 @@
-"""``zmqmsg serve``: answers requests on a bound REP socket, and on connected ones as a worker of brokers."""
+"""``zmqmsg serve``: answers requests on a bound REP socket, and as a worker of brokers."""
 
 import math
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from functools import partial
 
-import click
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.answers import Answer, Unanswered, choose_answer
-from zmqmsg.attendant import STOPPING, Attendant
-from zmqmsg.connection import Peer, fail_without_hope, wait
-from zmqmsg.console import NOTICE_DELAY, Failure, Form, Output, notify
-from zmqmsg.listener import bound, notify_of_endpoint, watch_handshakes
+from zmqmsg.answers import Answer, AnswerOptions, Request, Unanswered
+from zmqmsg.connection import Peer, fail_if_hopeless, poll
+from zmqmsg.handshakes import watch_handshakes
+from zmqmsg.keys import CurveKeys, Keys
+from zmqmsg.listener import StopRequested, bound, notify_of_endpoint
+from zmqmsg.messages import Form, Frames, Output
+from zmqmsg.notices import NOTICE_DELAY, ClientNotices, Failure, notify
 from zmqmsg.quoting import count_of, describe
-from zmqmsg.sockets import ApplyKeys, Context, Socket, open_socket, receive, send, share_context
+from zmqmsg.sockets import Context, Secure, Socket, open_socket, receive, send, share_context
+from zmqmsg.stopping import ANSWER_LIMIT, STOPPING, Guard
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 
-STOP_LIMIT = (
-    5.0  # seconds after a request to stop in which requests that have arrived are still answered
-)
-RECEIVE_WAIT_MS = 20  # to wait for a request in recv, which takes one system call, before polling, which takes six
+# To wait for a request in recv takes one system call, and in a poll six.
+RECEIVE_WAIT_MS = 20
+# While stopping, there is nothing left to answer if nothing comes for as long: libzmq moves
+# messages from a connection to the socket, 16 at a time, on a thread of its own.
+LAST_WAIT_MS = 20
 
 
 def run(
     *,
-    bind: tuple[str, ...],
-    connect: tuple[str, ...],
-    reply: str | None,
-    command: str | None,
-    filter_command: str | None,
+    bind: Sequence[str],
+    connect: Sequence[str],
+    answer: AnswerOptions,
+    keys: Keys,
+    form: Form,
+    max_size: int,
     count: int | None,
     quiet: bool,
     verbose: bool,
-    form: Form,
-    max_size: int,
-    key: str | None,
-    client_keys: str | None,
-    server_key: str | None,
 ) -> None:
-    """Answer requests until a signal comes or ``count`` is reached; the options are the command's. Raises Failure."""
-    attendant = Attendant()
-    answer = choose_answer(reply, command, filter_command, form, attendant, max_size)
-    # As Go's runtime does: with the usual 1,024, a few clients would keep out all others.
-    raise_descriptor_limit()
-    bind = bind or (() if connect else (DEFAULT_ENDPOINT,))
-    keys_bound, keys_connected = apply_keys(
-        key, client_keys, server_key, binds=bool(bind), connects=bool(connect)
-    )
-    context = share_context()
-    open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
+    """Answer requests until a signal comes or ``count`` requests are answered.
+
+    ``bind`` and ``connect`` are endpoints; without any, the default endpoint is bound.
+    ``max_size``: bytes of a frame. ``quiet``: do not print requests. ``verbose``: notify the user
+    of each request, and of clients that do not get through. Raises UsageError or Failure.
+    """
+    # Check and load everything that can be refused
+    endpoints = bind or (() if connect else (DEFAULT_ENDPOINT,))
+    answer.check()
+    keys.check_for_serve(binds=bool(endpoints), connects=bool(connect))
+    raise_descriptor_limit()  # with the usual 1,024, a few clients would keep out all others
     output = None if quiet else Output(form)
-    server = Server(answer, attendant, output=output, count=count, verbose=verbose)
+    guard = Guard(output)
+    client_notices = ClientNotices(guard.notices.notify)
+    answers = answer.choose(form, max_size, guard)
+    curve = keys.load(guard.notices.notify, client_notices) if keys.are_given() else None
+    secure_bound, secure_connected = choose_security(keys, curve, bool(endpoints))
+
+    # Signals are handled before the first port is open
+    guard.start()
+    context = share_context()
+    server = Server(
+        answers,
+        guard,
+        output=output,
+        count=count,
+        client_notices=client_notices if verbose else None,
+    )
     with ExitStack() as stack:
-        stack.callback(flush, context, server, attendant)
-        listener = stack.enter_context(open_rep(apply_keys=keys_bound))
-        if verbose and bind:
-            watch_handshakes(listener)
-        listener.rcvtimeo = 0 if connect else RECEIVE_WAIT_MS
-        open_worker = partial(open_rep, apply_keys=keys_connected)
+        stack.callback(guard.notices.finish)  # the last of what happens at the end
+        stack.callback(flush, context, server, guard)
+
+        # Bind and connect
+        open_rep = partial(open_socket, context, zmq.REP, max_size=max_size, linger=-1)
+        listeners: list[Socket] = []
+        if endpoints:
+            listener = stack.enter_context(open_rep(secure=secure_bound))
+            listener.rcvtimeo = 0 if connect else RECEIVE_WAIT_MS
+            listeners.append(listener)
+            if verbose:
+                watch_handshakes(listener, client_notices)
+        open_worker = partial(open_rep, secure=secure_connected)
         new_peer = partial(Peer, open_socket=open_worker, announce=True, verbose=verbose)
         peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in connect]
-        endpoints = [stack.enter_context(bound(listener, endpoint)) for endpoint in bind]
-        # Binding may wait for a name server. Until then, a signal ends the process at once.
-        attendant.start(output)
-        for endpoint in endpoints:
-            notify_of_endpoint(endpoint, open_to_all=not client_keys)
-        server.run([listener] if bind else [], peers)
+        with suppress(StopRequested):
+            for endpoint in endpoints:
+                real = stack.enter_context(bound(listener, endpoint, guard.stop))
+                notify_of_endpoint(real, checks_clients=bool(keys.client_keys))
+
+        # Serve
+        server.run(listeners, peers)
         notify(f"{count_of(server.served, 'request')} served")
 
 
-def apply_keys(
-    key: str | None, client_keys: str | None, server_key: str | None, *, binds: bool, connects: bool
-) -> tuple[ApplyKeys | None, ApplyKeys | None]:
-    """Return what lets the bound socket, and the connected ones, use CURVE."""
-    if client_keys and not (key and binds):
-        raise click.UsageError("--client-keys needs --key, and an endpoint that is bound")
-    if server_key and not connects:
-        raise click.UsageError("--server-key needs --connect")
-    if key and connects and not server_key:
-        raise click.UsageError(
-            "--key with --connect needs --server-key: the public key file of the broker"
-        )
-    if server_key and binds and not key:
-        raise click.UsageError(
-            "--server-key with --bind needs --key, otherwise the bound endpoint is not encrypted"
-        )
-    if not (key or server_key):
+def choose_security(
+    keys: Keys, curve: CurveKeys | None, binds: bool
+) -> tuple[Secure | None, Secure | None]:
+    """Return what gives keys to the bound socket, and to the connected ones."""
+    if not curve:
         return None, None
-    from zmqmsg.curve import load_keys  # 5 ms, for CURVE alone
+    secure_bound = curve.secure_server if keys.key and binds else None
+    secure_connected = curve.secure_client if keys.server_key else None
+    return secure_bound, secure_connected
 
-    for_server, for_client = load_keys(key, server_key, client_keys)
-    return for_server if key and binds else None, for_client if server_key else None
 
+def flush(context: Context, server: "Server", guard: Guard) -> None:
+    """Wait until the last replies are on their way, or the guard ends the process.
 
-def flush(context: Context, server: "Server", attendant: Attendant) -> None:
-    """Wait until the last replies are on their way, however long: TCP_MAXRT cuts off a peer that does not read."""
+    Without a signal there is no limit: TCP_MAXRT cuts off a client that does not read.
+    """
     if not server.served:
         return
-    how = "two signals end" if attendant.requested == math.inf else "a second signal ends"
-    attendant.serving = False
-    attendant.notices.withdraw(STOPPING)
-    attendant.notices.expect(
-        f"waiting for the last reply to reach its client; {how} it at once", NOTICE_DELAY
-    )
+    guard.unfinished = "the last reply may not have reached its client: it had not been read"
+    end = "a second signal ends it" if guard.stop.is_requested() else "two signals end it"
+    notice = f"waiting for the last reply to reach its client; {end} at once"
+    guard.stalls.withdraw(STOPPING)
+    guard.stalls.expect(notice, NOTICE_DELAY)
     leave_signals_to_other_threads()  # pyzmq gives term() up if a signal interrupts it
     context.term()
+    guard.stalls.withdraw(notice)
 
 
 # The loop
 
 
 class Server:
-    """Answers one request after the other: receive, answer, send, print. ``served`` counts the answered ones."""
+    """Answers one request after the other: receive, answer, send, print."""
 
     def __init__(
         self,
         answer: Answer,
-        attendant: Attendant,
+        guard: Guard,
         *,
         output: Output | None = None,
         count: int | None = None,
-        verbose: bool = False,
+        client_notices: ClientNotices | None = None,
     ) -> None:
-        """``output`` gets each request after its reply is sent; ``verbose``: notify the user of each."""
-        self.served = 0
+        """``output`` gets each request after its reply is sent. ``count``: requests to answer.
+
+        ``client_notices``: if given, the user is notified of each request, and these notices are
+        told who was served.
+        """
+        self.served = 0  # requests that were answered
         self._answer = answer
-        self._attendant = attendant
+        self._guard = guard
         self._output = output
         self._count = count
-        self._verbose = verbose
-        self._unprinted = (
-            0  # requests that were answered, but not printed, since printing has failed
-        )
-        self._failed_at = math.inf  # when it failed
-        self._problem = ""  # why
+        self._client_notices = client_notices
+        self._print_failure = ""  # why requests cannot be printed any more
+        self._unprinted = 0  # requests that were answered since then
 
-    def run(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
-        """Answer what comes to REP sockets, ``bound_sockets`` and those of ``peers``, until it is time to stop.
+    def run(self, listeners: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
+        """Answer what comes to REP sockets, ``listeners`` and those of ``peers``.
 
-        When a stop is requested, or printing fails, what has already arrived is answered: nobody else can. Raises
-        Failure if there is nothing left to serve, if there can be no more replies, or if a request cannot be printed.
+        When it is time to stop, what has already arrived is answered: nobody else can do it. Raises
+        Failure if there is nothing left to serve, if there can be no more replies, or if a request
+        cannot be printed or was left unanswered.
         """
         try:
             with self._answer:
-                self._answer_all(bound_sockets, peers)
+                self._answer_all(listeners, peers)
         except Unanswered as unanswered:
-            notify(
-                str(unanswered), "yellow"
-            )  # our own clients see the connection end, and ask again
-        if self._unprinted:
-            raise Failure(
-                f"{self._problem}; {count_of(self._unprinted, 'request')} answered, but not printed"
-            )
+            # Our own clients see the connection end, and ask again.
+            notify(str(unanswered), "yellow")
+        if self._print_failure:
+            unprinted = ""
+            if self._unprinted:
+                requests = count_of(self._unprinted, "request")
+                unprinted = f"; {requests} answered, but not printed"
+            raise Failure(f"{self._print_failure}{unprinted}")
 
-    def _answer_all(self, bound_sockets: Sequence[Socket], peers: Sequence[Peer]) -> None:
-        sockets = bound_sockets
-        over = False
-        while not over:
-            stopping = self._attendant.requested < math.inf or self._unprinted > 0
-            if peers:
-                for peer in peers:
-                    peer.update()
-                sockets = [*bound_sockets, *(peer.link.socket for peer in peers)]
-            idle = True
-            for socket in sockets:
-                if request := receive(socket):
-                    self._serve(socket, request)
-                    idle = False
-                    if over := self.served == self._count or (stopping and self._is_late()):
-                        break
-            if idle and stopping:
-                break
-            if idle:
-                if peers and not bound_sockets:
-                    fail_without_hope(peers)
+    def _answer_all(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> None:
+        stop = self._guard.stop
+        while self.served != self._count:
+            self._check_output()
+            sockets = self._update(listeners, peers)
+            if self._answer_each(sockets):
+                if stop.has_lasted(ANSWER_LIMIT):
+                    self._fail_for_waiting(sockets)
+                    return
+            elif stop.is_requested():
+                if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], LAST_WAIT_MS):
+                    return
+            else:
+                if not listeners:
+                    fail_if_hopeless(peers)
                 self._answer.check()
-                wait(peers, [*sockets, *self._attendant.sources], math.inf)
-        if over and self.served != self._count and any(socket.poll(0) for socket in sockets):
-            notify(
-                f"stopping after {STOP_LIMIT:g} s; requests that still wait are not answered",
-                "yellow",
-            )
+                self._wait(sockets, peers)
 
-    def _is_late(self) -> bool:
-        return time.monotonic() >= min(self._attendant.requested, self._failed_at) + STOP_LIMIT
+    def _update(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> Sequence[Socket]:
+        """Let ``peers`` act upon what has happened; return the sockets to receive from."""
+        if not peers:
+            return listeners
+        for peer in peers:
+            peer.update()
+        return [*listeners, *(peer.link.socket for peer in peers)]
 
-    def _serve(self, socket: Socket, request: list[zmq.Frame]) -> None:
-        started = (
-            time.perf_counter() if self._verbose else 0
-        )  # monotonic() has steps of 15 ms on Windows
+    def _answer_each(self, sockets: Sequence[Socket]) -> bool:
+        """Answer one request from each of ``sockets``; return whether there was any."""
+        any_came = False
+        for socket in sockets:
+            if self.served == self._count:
+                break
+            if frames := receive(socket):
+                self._serve(socket, frames)
+                any_came = True
+        return any_came
+
+    def _serve(self, socket: Socket, frames: list[zmq.Frame]) -> None:
+        """Answer one request, print it, and tell of it."""
+        started = time.perf_counter()  # monotonic() has steps of 15 ms on Windows
+        request = Request(frames, bool(socket.zap_domain))
         reply = self._answer.reply_to(request)
         send(socket, reply)
         self.served += 1
-        if self._verbose:
-            seconds = time.perf_counter() - started
-            peer = name_peer(request[0], authenticated=bool(socket.zap_domain))
-            text = (
-                f"request {self.served} from {peer}: {describe(request)}; reply: {describe(reply)}"
-            )
-            notify(f"{text}, {seconds * 1000:.2f} ms")
-        if self._unprinted:
+        if self._client_notices:
+            self._report(request, reply, time.perf_counter() - started)
+        if self._print_failure:
             self._unprinted += 1
         elif self._output:
-            try:
-                self._output.write(request)
-            except (BrokenPipeError, Failure) as error:
-                self._problem = (
-                    str(error) if isinstance(error, Failure) else "standard output is closed"
-                )
-                self._unprinted = 1
-                self._failed_at = time.monotonic()
+            self._print(self._output, frames)
 
+    def _print(self, output: Output, frames: Frames) -> None:
+        try:
+            output.write(frames)
+        except BrokenPipeError:
+            self._unprinted = 1
+            self._stop_printing("standard output is closed")
+        except Failure as error:
+            self._unprinted = 1
+            self._stop_printing(str(error))
 
-def name_peer(frame: zmq.Frame, *, authenticated: bool) -> str:
-    """Return the address of the peer that ``frame`` came from, and the name of its key if it was ``authenticated``."""
-    try:
-        address = str(frame.get("Peer-Address"))
-    except zmq.ZMQError:  # libzmq keeps none of ZMTP 1 and 2
-        return "unknown address"
-    if address.startswith("localhost:"):  # ipc: user, group and process
-        address = f"process {address.rpartition(':')[2]}"
-    # Where no ZAP handler is asked, a peer could choose its user id: libzmq believes what it says.
-    return f"{address} ({frame.get('User-Id')})" if authenticated else address
+    def _check_output(self) -> None:
+        """Take no further request if nobody would read it."""
+        if self._output and not self._print_failure and self._output.is_abandoned():
+            self._stop_printing("standard output is closed")
+
+    def _stop_printing(self, reason: str) -> None:
+        self._print_failure = reason
+        self._guard.stop.request()
+
+    def _report(self, request: Request, reply: Frames, seconds: float) -> None:
+        """Notify the user of a request that was answered after ``seconds``."""
+        address = request.client_address()
+        if self._client_notices:
+            self._client_notices.note_served(address)
+        client = address or "unknown address"
+        if key_name := request.key_name():
+            client = f"{client} ({key_name})"
+        notify(
+            f"request {self.served} from {client}: {describe(request.frames)};"
+            f" reply: {describe(reply)}, {seconds * 1000:.2f} ms"
+        )
+
+    def _wait(self, sockets: Sequence[Socket], peers: Sequence[Peer]) -> None:
+        """Wait for a request, a signal, the end of our reader, or something to do for a peer."""
+        descriptors = self._output.descriptors if self._output else []
+        poll(peers, [*sockets, *descriptors, *self._guard.stop.sources], math.inf)
+
+    def _fail_for_waiting(self, sockets: Sequence[Socket]) -> None:
+        """Raise Failure if requests still wait for which there is no time left."""
+        if any(socket.poll(0) for socket in sockets):
+            raise Failure(
+                f"stopping after {ANSWER_LIMIT:g} s; requests that still wait are not answered"
+            )

@@ -5,6 +5,7 @@ Each name is documented once, by its meaning. How a system provides it stands be
 
 import errno
 import os
+import select
 import signal
 import sys
 import time
@@ -59,24 +60,16 @@ GROUP_MAY_WRITE_OR_EXECUTE = 0o030
 ENDED_BY_CTRL_C = 0xC000013A
 
 # STOP_SIGNALS ask a server to stop, END_SIGNALS end it at once. yield_processor() lets another
-# thread or process run. EXAMPLES are what the help of serve shows.
+# thread or process run. BACKGROUND_EXAMPLE shows how a command leaves a program running.
 if sys.platform == "win32":
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGBREAK)
     END_SIGNALS: tuple[signal.Signals, ...] = ()
     yield_processor: Callable[[], None] = partial(time.sleep, 0)
-    JSON_EXAMPLE = r'"{\"status\": \"ok\"}"'
-    COMMAND_EXAMPLE = "sort"
-    FILTER_EXAMPLE = '"python reverse.py"'
-    BIND_EXAMPLE = "tcp://*:5555 --bind tcp://127.0.0.1:7000"
     BACKGROUND_EXAMPLE = "start /b program >nul"
 else:
     STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     END_SIGNALS: tuple[signal.Signals, ...] = (signal.SIGQUIT,)
     yield_processor: Callable[[], None] = os.sched_yield
-    JSON_EXAMPLE = """'{"status": "ok"}'"""
-    COMMAND_EXAMPLE = "'tr a-z A-Z'"
-    FILTER_EXAMPLE = "'sed -u s/a/b/'"
-    BIND_EXAMPLE = "'tcp://*:5555' --bind ipc:///tmp/echo.sock"
     BACKGROUND_EXAMPLE = "program >/dev/null &"
 
 
@@ -161,6 +154,16 @@ def write_parts(stream: Any, parts: Sequence[Any]) -> int | None:
         return None
     written: int | None = stream.write(parts[0])
     return written
+
+
+def watch_for_errors(descriptors: Sequence[int]) -> Callable[[], bool]:
+    """Return a function that returns whether poll() reports an error of one of ``descriptors``."""
+    if sys.platform == "win32" or not descriptors:
+        return lambda: False
+    poll = select.poll()
+    for descriptor in descriptors:
+        poll.register(descriptor, 0)  # no event but errors
+    return lambda: bool(poll.poll(0))
 
 
 # Threads and processes
