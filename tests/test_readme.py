@@ -121,24 +121,29 @@ class Terminals:
 
     def run(self, script: str, options: str = "") -> tuple[int, str]:
         """Run ``script`` to its end; return its exit status, and what it shows."""
-        done = subprocess.run(
-            self._shell(script, options),
-            cwd=self._directory,
-            env=self._environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            timeout=2 * LIMIT,
-            check=False,
-        )
-        return done.returncode, done.stdout.decode(errors="backslashreplace").replace("\r\n", "\n")
+        path = self._directory / ".shown"
+        with path.open("wb") as shown:
+            process = subprocess.Popen(
+                self._shell(script, options),
+                cwd=self._directory,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=shown,
+                stderr=shown,
+            )
+        try:
+            status = process.wait(2 * LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            pytest.fail(f"{script} goes on, and has shown: {path.read_bytes()!r}")
+        return status, path.read_text(encoding="utf-8", errors="backslashreplace")
 
     def start(self, command: str, ready: str, expected: str = "") -> None:
         """Run ``command`` in a terminal of its own, and wait until ``ready`` is shown there.
 
         ``expected``: what it shows until it is stopped; nothing in particular if that is empty.
         """
-        command = self.with_our_ports(command)
+        command = self.with_our_ports(command.strip())
         environment = self._environment.copy()
         if "--connect" in command:
             del environment["ZMQMSG_SERVE_BIND"]
