@@ -31,6 +31,8 @@ import pytest
 
 from conftest import LIMIT, POSIX, address, free_endpoint, until
 
+pytestmark = pytest.mark.timeout(300)  # a section has many processes
+
 PROJECT = Path(__file__).parent.parent
 README = (PROJECT / "README.md").read_text(encoding="utf-8")
 PORTS = ("5555", "5556", "6000")
@@ -106,9 +108,7 @@ class Terminals:
         } | {"ZMQMSG_SEND_CONNECT": default, "ZMQMSG_SERVE_BIND": default}
 
     def with_our_ports(self, text: str) -> str:
-        for port, ours in self._ports.items():
-            text = text.replace(port, ours)
-        return text
+        return re.sub(rf"\b({'|'.join(PORTS)})\b", lambda match: self._ports[match[1]], text)
 
     def _shell(self, script: str, options: str) -> list[str]:
         """Return the command that runs ``script``."""
