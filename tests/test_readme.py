@@ -6,6 +6,7 @@ What follows the language of a block says how it is typed:
     python server NAME     saved, and also run in a terminal of its own, in place of other servers
     console server         a command in a terminal of its own, in place of other servers
     console worker         the same in three terminals, beside the servers before it
+    console early          a client that is there before its server
     console                commands that end; what they show is compared
     console cmd ...        the same for cmd, on Windows
     sh run                 a script that must succeed; zmqmsg serve --quiet runs, if nothing else
@@ -138,10 +139,11 @@ class Terminals:
             pytest.fail(f"{script} goes on, and has shown: {path.read_bytes()!r}")
         return status, path.read_text(encoding="utf-8", errors="backslashreplace")
 
-    def start(self, command: str, ready: str, expected: str = "") -> None:
+    def start(self, command: str, ready: str, expected: str = "") -> Path:
         """Run ``command`` in a terminal of its own, and wait until ``ready`` is shown there.
 
         ``expected``: what it shows until it is stopped; nothing in particular if that is empty.
+        Returns the file with what it shows.
         """
         command = self.with_our_ports(command.strip())
         environment = self._environment.copy()
@@ -161,6 +163,7 @@ class Terminals:
             )
         self._servers.append((process, path, self.with_our_ports(expected)))
         until(lambda: ready.encode() in path.read_bytes(), path.read_bytes)
+        return path
 
     def stop(self) -> None:
         """Press Ctrl-C in the terminals of the servers, and compare what was shown there."""
@@ -269,6 +272,12 @@ def type_block(terminals: Terminals, block: Block) -> None:
             command, output = commands_and_output(block.text)
             for _ in range(3):
                 terminals.start(command, "connected to", output)
+        case ["console", "early"]:
+            command, output = commands_and_output(block.text)
+            terminals.stop()
+            client = terminals.start(command, "connection refused", output)
+            terminals.start("zmqmsg serve --quiet", "listening on")
+            until(lambda: "hello" in client.read_text(), client.read_text)
         case ["console", *_]:
             commands, output = commands_and_output(block.text)
             _, shown = terminals.run(commands if "cmd" in block.kind else f"exec 2>&1\n{commands}")
