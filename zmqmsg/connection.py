@@ -384,25 +384,30 @@ class Link:
 # All peers of a command
 
 
+def update_all(peers: Sequence[Peer], *, needed: bool) -> list[Peer]:
+    """Let all ``peers`` act upon what has happened; return those that are ready.
+
+    Tells the user of those that have been waited for long enough. Raises Failure, with the
+    reasons, if they are ``needed`` and none can ever be ready; one that was ready may come back.
+    """
+    ready = [peer for peer in peers if peer.update()]
+    if needed and all(peer.finding.hopeless and not peer.was_ready for peer in peers):
+        raise Failure("; ".join(f"{peer.endpoint}: {peer.finding.reason}" for peer in peers))
+    if len(ready) < len(peers):
+        now = time.monotonic()
+        for peer in peers:
+            peer.tell(now)
+    return ready
+
+
 def poll(peers: Sequence[Peer], sources: Sequence[Any], until: float) -> None:
     """Wait until one of ``peers`` or ``sources`` has something to say, or ``until``.
 
-    Tells the user of peers that have been waited for long enough. ``sources``: sockets that may be readable, and numbers of descriptors whose reader may go. Waits
+    ``sources``: sockets that may be readable, and numbers of descriptors whose reader may go. Waits
     a second at most.
     """
     now = time.monotonic()
-    for peer in peers:
-        peer.tell(now)
     seconds = min([until - now, MAX_WAIT, *(peer.pause(now) for peer in peers)])
     sockets = [*sources, *(peer.link.monitor for peer in peers)]
     items = [(each, zmq.POLLERR if isinstance(each, int) else zmq.POLLIN) for each in sockets]
     zmq.zmq_poll(items, max(math.ceil(seconds * 1000), 0))
-
-
-def fail_if_hopeless(peers: Sequence[Peer]) -> None:
-    """Raise Failure, with the reasons, if none of ``peers`` can ever be ready.
-
-    One that was ready may come back.
-    """
-    if all(peer.finding.hopeless and not peer.was_ready for peer in peers):
-        raise Failure("; ".join(f"{peer.endpoint}: {peer.finding.reason}" for peer in peers))

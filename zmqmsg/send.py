@@ -10,7 +10,7 @@ from typing import NamedTuple
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.connection import PROBE_DELAY, Peer, fail_if_hopeless, poll
+from zmqmsg.connection import PROBE_DELAY, Peer, poll, update_all
 from zmqmsg.keys import Keys
 from zmqmsg.messages import Form, Output, Source, reader_gone
 from zmqmsg.notices import NOTICE_DELAY, Failure, notify
@@ -278,12 +278,11 @@ class Client:
         while True:
             if self._output.is_abandoned():
                 raise reader_gone()
-            ready = [peer for peer in self._peers if peer.update()]
+            ready = update_all(self._peers, needed=True)
             if ready:
                 self._peers.remove(ready[0])
                 self._peers.append(ready[0])
                 return ready[0]
-            fail_if_hopeless(self._peers)
             if deadline.is_over():
                 endpoints = ", ".join(peer.endpoint for peer in self._peers)
                 reasons = "; ".join(dict.fromkeys(peer.finding.reason for peer in self._peers))

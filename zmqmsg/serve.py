@@ -10,7 +10,7 @@ import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.answers import Answer, AnswerOptions, Request, Unanswered
-from zmqmsg.connection import Peer, fail_if_hopeless, poll
+from zmqmsg.connection import Peer, poll, update_all
 from zmqmsg.handshakes import watch_handshakes
 from zmqmsg.keys import CurveKeys, Keys
 from zmqmsg.listener import StopRequested, bound, notify_of_endpoint
@@ -184,17 +184,17 @@ class Server:
                 if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], LAST_WAIT_MS):
                     return
             else:
-                if not listeners:
-                    fail_if_hopeless(peers)
                 self._answer.check()
                 self._wait(sockets, peers)
 
     def _update(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> Sequence[Socket]:
-        """Let ``peers`` act upon what has happened; return the sockets to receive from."""
+        """Let ``peers`` act upon what has happened; return the sockets to receive from.
+
+        Raises Failure if there is nothing left to serve.
+        """
         if not peers:
             return listeners
-        for peer in peers:
-            peer.update()
+        update_all(peers, needed=not listeners)
         return [*listeners, *(peer.link.socket for peer in peers)]
 
     def _answer_each(self, sockets: Sequence[Socket]) -> bool:
