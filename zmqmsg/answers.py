@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from queue import SimpleQueue
 from typing import IO, NamedTuple, NoReturn, Self, cast
@@ -13,6 +13,7 @@ import zmq
 from zmqmsg.messages import CHUNK, Form, Frames, write_all
 from zmqmsg.notices import NOTICE_DELAY, Failure, notify
 from zmqmsg.quoting import abridge, quote, unquote
+from zmqmsg.sockets import Socket
 from zmqmsg.stopping import Guard
 from zmqmsg.system import (
     BACKGROUND_EXAMPLE,
@@ -52,33 +53,6 @@ class Unanswered(Exception):
     """A signal has ended the program that makes the reply, so the reply may be incomplete."""
 
 
-class Request(NamedTuple):
-    """A request, and who sent it."""
-
-    frames: Sequence[zmq.Frame]
-    is_authenticated: bool  # whether the client's key was checked
-
-    def client_address(self) -> str:
-        """Return the client's address; empty if libzmq keeps none, as for ZMTP 1 and 2."""
-        try:
-            address = str(self.frames[0].get("Peer-Address"))
-        except zmq.ZMQError:
-            return ""
-        if address.startswith("localhost:"):  # ipc: user, group and process
-            return f"process {address.rpartition(':')[2]}"
-        return address
-
-    def key_name(self) -> str:
-        """Return the name of the client's key file; empty if keys are not checked."""
-        # Then the client could choose its user id itself.
-        if not self.is_authenticated:
-            return ""
-        try:
-            return str(self.frames[0].get("User-Id"))
-        except zmq.ZMQError:
-            return ""
-
-
 class Answer:
     """Replies with ``frames``, or else with the request: the echo.
 
@@ -94,12 +68,12 @@ class Answer:
     def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
         pass
 
-    def reply_to(self, request: Request) -> Frames:
-        """Return the frames of the reply.
+    def reply_to(self, request: Frames, socket: Socket) -> Frames:
+        """Return the frames of the reply to ``request``, which came to ``socket``.
 
         Raises Unanswered, or Failure if there can be no more replies.
         """
-        return request.frames if self._frames is None else self._frames
+        return request if self._frames is None else self._frames
 
     def check(self) -> None:
         """Raise Failure, or Unanswered after a signal, if there can be no more replies."""
@@ -287,9 +261,9 @@ class Program(Answer):
         delay = SIGNAL_DELAY if number in STOP_SIGNALS else 0
         return number > 0 and self._guard.stop.wait(delay)
 
-    def _encode(self, request: Request) -> bytes:
+    def _encode(self, request: Frames) -> bytes:
         """Return a request as the program reads it, without its end."""
-        frames = [frame.bytes for frame in request.frames]
+        frames = [bytes(frame) for frame in request]
         if self._form.quoted:
             return quote(frames)
         if len(frames) > 1:
@@ -316,12 +290,12 @@ class Command(Program):
     Its exit status does not matter.
     """
 
-    def reply_to(self, request: Request) -> Frames:
+    def reply_to(self, request: Frames, socket: Socket) -> Frames:
         data = self._encode(request)
         if self._form.quoted:
             data += b"\n"
         process = self._start(
-            describe_client(request),
+            describe_client(request, socket),
             "the last request was not answered: its command could not be started",
         )
         unfinished = f"{NOT_ANSWERED}: its command had not finished"
@@ -390,12 +364,12 @@ class Filter(Program):
         self._guard.unfinished = "the filter was killed: it had not ended"
         end = time.monotonic() + FILTER_END_LIMIT
         while self._process.wait(END_INTERVAL) is None:
-            if time.monotonic() >= end and not self._guard.stop.is_requested():
+            if time.monotonic() >= end and not self._guard.stop.is_requested:
                 return False
         self._guard.unfinished = ""
         return True
 
-    def reply_to(self, request: Request) -> Frames:
+    def reply_to(self, request: Frames, socket: Socket) -> Frames:
         self.check()
         end = self._form.separator
         line = self._encode(request).removesuffix(end)
@@ -460,17 +434,41 @@ def describe_status(status: int) -> str:
     return f"was killed by signal {number}" if number else f"exited with status {status}"
 
 
-def describe_client(request: Request) -> dict[str, str]:
+def client_address(request: Frames) -> str:
+    """Return the address of the client that sent ``request``.
+
+    It is empty if libzmq keeps none, as for ZMTP 1 and 2.
+    """
+    try:
+        address = str(request[0].get("Peer-Address"))
+    except zmq.ZMQError:
+        return ""
+    if address.startswith("localhost:"):  # ipc: user, group and process
+        return f"process {address.rpartition(':')[2]}"
+    return address
+
+
+def client_key_name(request: Frames, socket: Socket) -> str:
+    """Return the name of the client's key file; empty if ``socket`` does not check keys."""
+    if not socket.zap_domain:  # then the client could choose its user id itself
+        return ""
+    try:
+        return str(request[0].get("User-Id"))
+    except zmq.ZMQError:
+        return ""
+
+
+def describe_client(request: Frames, socket: Socket) -> dict[str, str]:
     """Return the environment of a command, with who sent the request.
 
     Nothing in it is chosen by the client: the address is the system's, and the name is that of a
     file of ours.
     """
     environment = without_client(dict(os.environ))
-    if address := request.client_address():
+    if address := client_address(request):
         environment["ZMQMSG_PEER"] = address
-    if name := request.key_name():
-        environment["ZMQMSG_PEER_KEY"] = name
+    if key_name := client_key_name(request, socket):
+        environment["ZMQMSG_PEER_KEY"] = key_name
     return environment
 
 

@@ -9,7 +9,7 @@ from functools import partial
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.answers import Answer, AnswerOptions, Request, Unanswered
+from zmqmsg.answers import Answer, AnswerOptions, Unanswered, client_address, client_key_name
 from zmqmsg.connection import Peer, poll, update_all
 from zmqmsg.handshakes import watch_handshakes
 from zmqmsg.keys import CurveKeys, Keys
@@ -113,7 +113,7 @@ def flush(context: Context, server: "Server", guard: Guard) -> None:
     if not server.served:
         return
     guard.unfinished = "the last reply may not have reached its client: it had not been read"
-    end = "a second signal ends it" if guard.stop.is_requested() else "two signals end it"
+    end = "a second signal ends it" if guard.stop.is_requested else "two signals end it"
     notice = f"waiting for the last reply to reach its client; {end} at once"
     guard.stalls.withdraw(STOPPING)
     guard.stalls.expect(notice, NOTICE_DELAY)
@@ -146,6 +146,7 @@ class Server:
         self._answer = answer
         self._guard = guard
         self._output = output
+        self._pipe = output if output and output.descriptors else None  # whose reader may go
         self._count = count
         self._client_notices = client_notices
         self._print_failure = ""  # why requests cannot be printed any more
@@ -173,54 +174,54 @@ class Server:
 
     def _answer_all(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> None:
         stop = self._guard.stop
+        sockets = listeners
         while self.served != self._count:
-            self._check_output()
-            sockets = self._update(listeners, peers)
+            if self._pipe:
+                self._check_reader(self._pipe)
+            if peers:
+                update_all(peers, needed=not listeners)
+                sockets = [*listeners, *(peer.link.socket for peer in peers)]
             if self._answer_each(sockets):
-                if stop.has_lasted(ANSWER_LIMIT):
+                if stop.is_requested and stop.has_lasted(ANSWER_LIMIT):
                     self._fail_for_waiting(sockets)
                     return
-            elif stop.is_requested():
+            elif stop.is_requested:
                 if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], LAST_WAIT_MS):
                     return
             else:
                 self._answer.check()
                 self._wait(sockets, peers)
 
-    def _update(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> Sequence[Socket]:
-        """Let ``peers`` act upon what has happened; return the sockets to receive from.
-
-        Raises Failure if there is nothing left to serve.
-        """
-        if not peers:
-            return listeners
-        update_all(peers, needed=not listeners)
-        return [*listeners, *(peer.link.socket for peer in peers)]
+    def _check_reader(self, pipe: Output) -> None:
+        """Take no further request if nobody would read it."""
+        if not self._print_failure and pipe.is_abandoned():
+            self._stop_printing("standard output is closed")
 
     def _answer_each(self, sockets: Sequence[Socket]) -> bool:
         """Answer one request from each of ``sockets``; return whether there was any."""
         any_came = False
         for socket in sockets:
-            if self.served == self._count:
-                break
-            if frames := receive(socket):
-                self._serve(socket, frames)
+            request = receive(socket)
+            if request:
+                self._serve(request, socket)
                 any_came = True
+                if self.served == self._count:
+                    break
         return any_came
 
-    def _serve(self, socket: Socket, frames: list[zmq.Frame]) -> None:
+    def _serve(self, request: Frames, socket: Socket) -> None:
         """Answer one request, print it, and tell of it."""
-        started = time.perf_counter()  # monotonic() has steps of 15 ms on Windows
-        request = Request(frames, bool(socket.zap_domain))
-        reply = self._answer.reply_to(request)
+        # monotonic() has steps of 15 ms on Windows.
+        started = time.perf_counter() if self._client_notices else 0.0
+        reply = self._answer.reply_to(request, socket)
         send(socket, reply)
         self.served += 1
         if self._client_notices:
-            self._report(request, reply, time.perf_counter() - started)
+            self._report(request, reply, socket, time.perf_counter() - started)
         if self._print_failure:
             self._unprinted += 1
         elif self._output:
-            self._print(self._output, frames)
+            self._print(self._output, request)
 
     def _print(self, output: Output, frames: Frames) -> None:
         try:
@@ -232,25 +233,20 @@ class Server:
             self._unprinted = 1
             self._stop_printing(str(error))
 
-    def _check_output(self) -> None:
-        """Take no further request if nobody would read it."""
-        if self._output and not self._print_failure and self._output.is_abandoned():
-            self._stop_printing("standard output is closed")
-
     def _stop_printing(self, reason: str) -> None:
         self._print_failure = reason
         self._guard.stop.request()
 
-    def _report(self, request: Request, reply: Frames, seconds: float) -> None:
+    def _report(self, request: Frames, reply: Frames, socket: Socket, seconds: float) -> None:
         """Notify the user of a request that was answered after ``seconds``."""
-        address = request.client_address()
+        address = client_address(request)
         if self._client_notices:
             self._client_notices.note_served(address)
         client = address or "unknown address"
-        if key_name := request.key_name():
+        if key_name := client_key_name(request, socket):
             client = f"{client} ({key_name})"
         notify(
-            f"request {self.served} from {client}: {describe(request.frames)};"
+            f"request {self.served} from {client}: {describe(request)};"
             f" reply: {describe(reply)}, {seconds * 1000:.2f} ms"
         )
 

@@ -47,7 +47,8 @@ class Stop:
     def __init__(self) -> None:
         from threading import Event
 
-        self._requested = Event()
+        self.is_requested = False
+        self._event = Event()
         self._requested_at = math.inf
         self._waker: socket | None = None
         self.sources: list[socket] = []  # readable when the main thread must return from its poll
@@ -61,20 +62,17 @@ class Stop:
 
     def request(self) -> None:
         """Begin to stop, unless that has begun."""
-        if self.is_requested():
+        if self.is_requested:
             return
         self._requested_at = time.monotonic()
-        self._requested.set()
+        self.is_requested = True
+        self._event.set()
         if self._waker:
             self._waker.send(b"\0")
 
-    def is_requested(self) -> bool:
-        """Return whether stopping has begun."""
-        return self._requested.is_set()
-
     def wait(self, seconds: float) -> bool:
         """Wait for a request to stop; return whether there is one."""
-        return self._requested.wait(seconds)
+        return self._event.wait(seconds)
 
     def has_lasted(self, seconds: float) -> bool:
         """Return whether stopping began so long ago."""
@@ -176,7 +174,7 @@ class Guard:
         output_is_stalled = self._output is not None and self._output.is_stalled()
         if output_is_stalled:
             self.stalls.expect(f"{UNREAD}; waiting until it is", 0)
-        if self.stop.is_requested():
+        if self.stop.is_requested:
             if output_is_stalled:
                 self.notices.notify(f"{UNREAD}; 1 request was answered, but not printed", "red")
                 self._end(1)
