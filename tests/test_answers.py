@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from zmqmsg.answers import Command
+from zmqmsg.answers import ExecAnswer
 from zmqmsg.messages import Form
 from zmqmsg.sockets import Context
 from zmqmsg.stopping import Guard
@@ -22,8 +22,8 @@ def reply(
     context: Context, text: str, *requests: list[bytes], form: Form = PLAIN
 ) -> list[list[bytes]]:
     """Let a command reply to ``requests``, each a list of frames, and return the replies."""
-    command = Command(text, form, 1 << 26, Guard(None), reads_lines=form.quoted)
-    with answering(context, command, len(requests)) as endpoint:
+    answer = ExecAnswer(text, form, 1 << 26, Guard(None))
+    with answering(context, answer, len(requests)) as endpoint:
         return [ask(context, endpoint, *request) for request in requests]
 
 

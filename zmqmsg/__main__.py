@@ -9,7 +9,7 @@ import sys
 
 def main() -> None:
     """Run the command line and end the process with its exit status."""
-    # With its usual threshold, the collector goes through all that is imported again and again:
+    # With its usual threshold, the garbage collector rescans all that is imported again and again:
     # 12 % of the instructions of `zmqmsg send hi`.
     gc.set_threshold(100_000)
     end_at_once_by_default()
@@ -29,9 +29,14 @@ def run_command_line() -> int:
     from zmqmsg.system import READER_GONE, exact_arguments
 
     try:
+        arguments = exact_arguments()
+    except ValueError as error:
+        show_error(click.UsageError(str(error)))
+        return 2
+    try:
         # On Windows, click would expand *, ?, ~ and %VAR% in all arguments.
         cli.main(
-            exact_arguments(),
+            arguments,
             prog_name="zmqmsg",
             standalone_mode=False,
             windows_expand_args=False,
@@ -59,6 +64,8 @@ def run_command_line() -> int:
 def describe(error: OSError) -> str:
     """Return in words what has failed, and what to do."""
     text = error.strerror or str(error)
+    if error.filename:
+        text = f"{error.filename}: {text}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
         return f"{text}: raise the limit, for example with: ulimit -n 256"
     return text
@@ -79,14 +86,17 @@ def end_at_once_by_default() -> None:
 
 
 def occupy_closed_streams() -> None:
-    """Put something in the place of standard streams that were closed from the start.
+    """Open something in the place of standard streams that were closed from the start.
 
-    Otherwise libzmq would get their descriptors. To read from or write to what is put there fails.
+    Otherwise libzmq would get their descriptors. As the null device is opened the wrong way round,
+    reading or writing fails, as it should; notices are dropped.
     """
     if sys.stdin is None:
         sys.stdin = open(os.open(os.devnull, os.O_WRONLY))  # noqa: SIM115
     if sys.stdout is None:
         sys.stdout = open(os.open(os.devnull, os.O_RDONLY), "w")  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(os.open(os.devnull, os.O_RDONLY), "w")  # noqa: SIM115
 
 
 if __name__ == "__main__":

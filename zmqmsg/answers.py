@@ -4,14 +4,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from queue import SimpleQueue
-from typing import IO, NamedTuple, NoReturn, Self, cast
+from typing import NamedTuple, Self
 
 import click
 import zmq
 
-from zmqmsg.messages import CHUNK, Form, Frames, write_all
+from zmqmsg.messages import Form, Frames
 from zmqmsg.notices import NOTICE_DELAY, Failure, notify
+from zmqmsg.programs import TOO_LONG, Program, describe_status
 from zmqmsg.quoting import abridge, quote, unquote
 from zmqmsg.sockets import Socket
 from zmqmsg.stopping import Guard
@@ -19,18 +19,18 @@ from zmqmsg.system import (
     BACKGROUND_EXAMPLE,
     SHORTAGES,
     STOP_SIGNALS,
-    end_group,
     keep_exit_statuses,
     killing_signal,
-    start_thread,
 )
 
-LONG_RUN = 5.0  # seconds after which the user is told that a command keeps other requests waiting
-START_INTERVAL = 0.2  # seconds between attempts to start a command
-FILTER_END_LIMIT = 5.0  # seconds that a filter has to end after the end of its input
+# Times, in seconds
+LONG_RUN = 5.0  # after which the user is told that a command keeps other requests waiting
+START_INTERVAL = 0.2  # between attempts to start a command
+FILTER_END_LIMIT = 5.0  # that a filter has to end after the end of its input
 FAILED_FILTER_LIMIT = 1.0  # the same for a filter that has failed
-END_INTERVAL = 0.5  # seconds between looks at the time while a filter ends
-SIGNAL_DELAY = 0.2  # seconds in which a signal to a group of processes reaches all of them
+END_INTERVAL = 0.5  # between looks at the time while a filter ends
+SIGNAL_DELAY = 0.2  # in which a signal to a group of processes reaches all of them
+
 ESCAPE_SIZE = 4  # bytes of an escape, which stands for one byte
 
 RUNS_LONG = (
@@ -38,7 +38,6 @@ RUNS_LONG = (
     f" other requests wait; start what may run longer as in: {BACKGROUND_EXAMPLE}"
 )
 SILENT = "the filter has not answered for a second; it may not flush its output, or read ahead"
-TOO_LONG = "printed more than --max-size allows, and was stopped"
 LINES_IN_REQUEST = (
     "a request of several lines got an empty reply, since a filter reads one; use --exec,"
     " or --quoted if the filter reads quoted lines"
@@ -50,7 +49,7 @@ NOT_ANSWERED = "1 request was received and not answered"
 
 
 class Unanswered(Exception):
-    """A signal has ended the program that makes the reply, so the reply may be incomplete."""
+    """A signal has ended the command that makes the reply, so the reply may be incomplete."""
 
 
 class Answer:
@@ -105,139 +104,58 @@ class AnswerOptions(NamedTuple):
         if self.reply is not None:
             return Answer(form.decode_argument(self.reply))
         if self.command is not None:
-            return Command(self.command, form, max_size, guard, reads_lines=form.quoted)
+            return ExecAnswer(self.command, form, max_size, guard)
         if self.filter_command is not None:
-            return Filter(self.filter_command, form, max_size, guard, reads_lines=True)
+            return FilterAnswer(self.filter_command, form, max_size, guard)
         return Answer()
 
 
-# Programs
+# Answers of commands
 
 
-class Process:
-    """A shell command that runs. A thread reads its output, so that neither side blocks the other.
-
-    The main thread says how much may be printed. The reading thread sets ``fault`` before it hands
-    over the end of the output, so the main thread finds it there.
-    """
-
-    def __init__(
-        self, command: str, environment: dict[str, str], output_limit: int, guard: Guard
-    ) -> None:
-        """Start ``command``; raise OSError if something for that is lacking.
-
-        ``output_limit``: bytes that it may print before ``allow`` is called.
-        """
-        self.fault = ""  # why the output is not complete
-        self._printed: SimpleQueue[bytes] = SimpleQueue()  # with b"" at the end
-        self._read = 0  # bytes that were read from the command
-        self._taken = 0  # those of them that the main thread has taken
-        self._allowed = output_limit  # bytes that the command may print in all
-        self._guard = guard
-        self._popen = guard.commands.start(command, environment)
-        self.input = cast("IO[bytes]", self._popen.stdin)
-        try:
-            self._reader = start_thread(self._read_output)
-        except OSError:
-            cast("IO[bytes]", self._popen.stdout).close()
-            self.kill()
-            raise
-
-    def allow(self, size: int) -> None:
-        """Let the command print ``size`` bytes beyond what was taken; more will end it."""
-        self._allowed = self._taken + size
-
-    def write(self, data: bytes) -> None:
-        """Write to the command's input; raise OSError, BrokenPipeError if it is closed."""
-        write_all(self.input, data)
-
-    def has_output(self) -> bool:
-        """Return whether ``take`` would return at once."""
-        return not self._printed.empty()
-
-    def take(self) -> bytes:
-        """Return what the command has printed next, waiting for it; nothing at the end."""
-        chunk = self._printed.get()
-        self._taken += len(chunk)
-        if not chunk:
-            self._printed.put(chunk)  # the end stays the end
-        return chunk
-
-    def wait(self, seconds: float | None = None) -> int | None:
-        """Return the exit status, negative for a signal; None if it lasts beyond ``seconds``."""
-        from subprocess import TimeoutExpired
-
-        with suppress(TimeoutExpired):
-            return self._popen.wait(seconds)
-        return None
-
-    def kill(self) -> None:
-        """Kill what is left of its group, and close its input."""
-        end_group(self._popen)
-        self.close()
-
-    def close(self) -> None:
-        """Wait for its end, close its input, and forget it."""
-        self.input.close()
-        self._popen.wait()
-        self._guard.commands.forget(self._popen)
-
-    def _read_output(self) -> None:
-        with cast("IO[bytes]", self._popen.stdout) as output:
-            try:
-                while chunk := output.read(CHUNK):
-                    self._read += len(chunk)
-                    if self._read > self._allowed:
-                        self.fault = TOO_LONG
-                        end_group(self._popen)  # the main thread may wait for it to read
-                        break
-                    self._printed.put(chunk)
-            except OSError as error:
-                self.fault = f"printed what cannot be read: {error.strerror}"
-            except MemoryError:
-                self.fault = "printed what cannot be read: out of memory"
-        self._printed.put(b"")
-
-
-class Program(Answer):
-    """Answers with what a shell command prints, which reads the request on its standard input.
+class CommandAnswer(Answer):
+    """Replies with what a shell command prints, which reads the request on its standard input.
 
     The request is never a part of the command line or of the environment, so that it cannot inject
     anything. The command runs in a group of its own: what is typed at our terminal, and a signal to
     our process group, do not reach it.
     """
 
-    def __init__(
-        self, command: str, form: Form, max_size: int, guard: Guard, *, reads_lines: bool
-    ) -> None:
-        """Use the shell command ``command``.
-
-        ``max_size``: bytes that a reply may have. ``reads_lines``: whether the command reads and
-        prints lines, whose ends are not counted.
-        """
+    def __init__(self, command: str, form: Form, max_size: int, guard: Guard) -> None:
+        """Use the shell command ``command``; its replies have ``max_size`` bytes at most."""
         import subprocess  # noqa: F401  (now, while there are descriptors)
 
         self._command = command
         self._form = form
         self._guard = guard
+        # Bytes that the command may print for a reply
         self._output_limit = max_size * ESCAPE_SIZE if form.quoted else max_size
-        if reads_lines:
-            self._output_limit += len(form.separator) + (1 if form.cr_lf else 0)
         keep_exit_statuses()
 
-    def _start(self, environment: dict[str, str], unanswered: str) -> Process:
+    def _allow_end_of_line(self) -> None:
+        """Let each reply be a line, whose end does not count."""
+        end_size = len(self._form.separator)
+        if self._form.cr_lf:
+            end_size += 1
+        self._output_limit += end_size
+
+    def _start(self, environment: dict[str, str], unanswered: str) -> Program:
         """Start the command as soon as that is possible.
 
         Raises Failure, or Unanswered with the text ``unanswered`` after a signal.
         """
+        has_told = False
         while True:
             try:
-                return Process(self._command, environment, self._output_limit, self._guard)
+                running = self._guard.programs
+                return Program(self._command, environment, self._output_limit, running)
             except OSError as error:
                 reason = f"cannot start the command: {error.strerror}"
                 if error.errno not in SHORTAGES:
                     raise Failure(reason) from error
-                self._guard.stalls.notify(f"{reason}; trying again until it can be started")
+                if not has_told:
+                    self._guard.stalls.notify(f"{reason}; trying again until it can be started")
+                    has_told = True
                 if self._guard.stop.wait(START_INTERVAL):
                     raise Unanswered(unanswered) from None
 
@@ -252,17 +170,17 @@ class Program(Answer):
             self._guard.stalls.withdraw(notice)
             self._guard.unfinished = ""
 
-    def _was_stopped(self, status: int) -> bool:
-        """Return whether a program that ended with ``status`` was killed because we stop.
+    def _was_stopped_with_us(self, status: int) -> bool:
+        """Return whether a command that ended with ``status`` was killed because we stop.
 
-        A signal to a group of processes may reach us a moment later than the program.
+        A signal to a group of processes may reach us a moment later than the command.
         """
         number = killing_signal(status)
         delay = SIGNAL_DELAY if number in STOP_SIGNALS else 0
         return number > 0 and self._guard.stop.wait(delay)
 
     def _encode(self, request: Frames) -> bytes:
-        """Return a request as the program reads it, without its end."""
+        """Return a request as the command reads it, without its end."""
         frames = [bytes(frame) for frame in request]
         if self._form.quoted:
             return quote(frames)
@@ -284,154 +202,157 @@ class Program(Answer):
             return [printed]
 
 
-class Command(Program):
+class ExecAnswer(CommandAnswer):
     """Runs the command for each request; all that it prints is the reply.
 
     Its exit status does not matter.
     """
 
+    def __init__(self, command: str, form: Form, max_size: int, guard: Guard) -> None:
+        super().__init__(command, form, max_size, guard)
+        if form.quoted:
+            self._allow_end_of_line()
+
     def reply_to(self, request: Frames, socket: Socket) -> Frames:
         data = self._encode(request)
         if self._form.quoted:
             data += b"\n"
-        process = self._start(
-            describe_client(request, socket),
+        program = self._start(
+            environment_for(request, socket),
             "the last request was not answered: its command could not be started",
         )
         unfinished = f"{NOT_ANSWERED}: its command had not finished"
         with self._telling_if_slow(RUNS_LONG, LONG_RUN, unfinished):
-            printed, status = self._run(process, data)
-        if process.fault == TOO_LONG:
+            printed, status = run_to_end(program, data)
+        if program.fault == TOO_LONG:
             notify(f"the command {TOO_LONG}; its request got an empty reply", "red")
             return [b""]
-        if process.fault:
-            raise Failure(f"the command {process.fault}")
+        if program.fault:
+            raise Failure(f"the command {program.fault}")
         if status:
             notify(f"the command {describe_status(status)}", "yellow")
-        if self._was_stopped(status):
+        if self._was_stopped_with_us(status):
             raise Unanswered("the last request was not answered: its command was stopped, too")
         if not self._form.quoted:
             return [printed]
         line = self._form.strip_cr(printed.removesuffix(b"\n"))
         return self._decode(line, printed)
 
-    def _run(self, process: Process, data: bytes) -> tuple[bytes, int]:
-        """Let the command read ``data``; return all that it prints, and its exit status."""
-        with suppress(BrokenPipeError):  # it does not want the rest
-            process.write(data)
-        process.input.close()
-        printed = b"".join(iter(process.take, b""))
-        status = process.wait() or 0
-        process.close()
-        return printed, status
+
+def run_to_end(program: Program, data: bytes) -> tuple[bytes, int]:
+    """Let a program read ``data``; return all that it prints, and its exit status."""
+    with suppress(BrokenPipeError):  # it does not want the rest
+        program.write(data)
+    program.close_input()
+    printed = b"".join(iter(program.take, b""))
+    status = program.wait() or 0
+    program.reap()
+    return printed, status
 
 
-class Filter(Program):
+class FilterAnswer(CommandAnswer):
     """Starts the command once, writes each request to it as a line, and reads each reply as one.
 
     A line too many, or one that nobody asked for, is the end: replies can no longer be matched to
     requests.
     """
 
+    def __init__(self, command: str, form: Form, max_size: int, guard: Guard) -> None:
+        super().__init__(command, form, max_size, guard)
+        self._allow_end_of_line()
+
     def __enter__(self) -> Self:
         """Start the command."""
         environment = without_client(dict(os.environ))
-        self._process = self._start(environment, "the filter could not be started")
+        self._program = self._start(environment, "the filter could not be started")
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
-        """Close its input, wait for its end, and kill what is left of its group.
+        """Let the command end by the end of its input, and kill what is left of it.
 
-        Raises Failure if it had to be killed itself.
+        Raises Failure if it had to be killed, unless another error is on its way.
         """
-        self._process.input.close()
+        self._program.close_input()
         if error_type:
-            self._process.wait(FAILED_FILTER_LIMIT)
-            has_ended = True
-        else:
-            has_ended = self._wait_for_end()
-        self._process.kill()
+            self._program.wait(FAILED_FILTER_LIMIT)
+            self._program.kill()
+            return
+        self._guard.unfinished = "the filter was killed: it had not ended"
+        has_ended = self._wait_for_end()
+        self._guard.unfinished = ""
+        self._program.kill()
         if not has_ended:
             raise Failure(
                 f"the filter was killed: it had not ended {FILTER_END_LIMIT:g} s after its input"
             )
 
     def _wait_for_end(self) -> bool:
-        """Return whether the filter ends within its time, or while we stop.
+        """Wait until the filter has ended; return False if its time is over before.
 
-        Then the guard ends it with everything else.
+        While we stop, its time is that of the guard, which ends everything.
         """
-        self._guard.unfinished = "the filter was killed: it had not ended"
         end = time.monotonic() + FILTER_END_LIMIT
-        while self._process.wait(END_INTERVAL) is None:
+        while self._program.wait(END_INTERVAL) is None:
             if time.monotonic() >= end and not self._guard.stop.is_requested:
                 return False
-        self._guard.unfinished = ""
         return True
 
     def reply_to(self, request: Frames, socket: Socket) -> Frames:
         self.check()
-        end = self._form.separator
-        line = self._encode(request).removesuffix(end)
-        if end in line:
+        separator = self._form.separator
+        line = self._encode(request).removesuffix(separator)
+        if separator in line:
             notify(LINES_IN_REQUEST, "yellow")
             return [b""]
-        self._process.allow(self._output_limit)
+        self._program.allow(self._output_limit)
         unfinished = f"{NOT_ANSWERED}: the filter had not answered"
         with self._telling_if_slow(SILENT, NOTICE_DELAY, unfinished):
-            answer = self._exchange(line + end, end)
+            answer = self._exchange(line)
         answer = self._form.strip_cr(answer)
         return self._decode(answer, answer) if self._form.quoted else [answer]
 
     def check(self) -> None:
-        if self._process.has_output():
-            self._fail_for_output(self._process.take())
+        if self._program.has_output():
+            printed = self._program.take()
+            raise self._error_of_output(printed) if printed else self._error_of_end()
 
-    def _exchange(self, line: bytes, end: bytes) -> bytes:
-        """Write ``line`` and read one; return it without its ``end``."""
+    def _exchange(self, line: bytes) -> bytes:
+        """Write ``line`` and read one; both are without their ends."""
+        separator = self._form.separator
         try:
-            self._process.write(line)
+            self._program.write(line + separator)
         except OSError:
-            self._fail_for_end()
-        printed = bytearray()
-        end_at = -1
-        while end_at < 0:
-            searched = len(printed)
-            chunk = self._process.take()
-            if not chunk:
-                self._fail_for_end()
-            printed += chunk
-            end_at = printed.find(end, searched)
-        beyond = bytes(printed[end_at + len(end) :])
-        if beyond:
-            self._fail_for_output(beyond)
-        return bytes(printed[:end_at])
+            raise self._error_of_end() from None
+        printed: list[bytes] = []
+        while chunk := self._program.take():
+            rest_of_line, end, beyond = chunk.partition(separator)
+            printed.append(rest_of_line)
+            if beyond:
+                raise self._error_of_output(beyond)
+            if end:
+                return b"".join(printed)
+        raise self._error_of_end()
 
-    def _fail_for_output(self, printed: bytes) -> NoReturn:
-        """Raise what follows from output that no request asked for, or from its end."""
-        if not printed:
-            self._fail_for_end()
-        raise Failure(
+    def _error_of_output(self, printed: bytes) -> Failure:
+        """Return the error of output that no request asked for."""
+        return Failure(
             f"the filter printed {abridge(printed)}, which no request asked for;"
             " replies cannot be told apart"
         )
 
-    def _fail_for_end(self) -> NoReturn:
-        """Raise what follows from the end of the filter."""
-        if self._process.fault:
-            raise Failure(f"the filter {self._process.fault}")
-        status = self._process.wait(FAILED_FILTER_LIMIT)
+    def _error_of_end(self) -> Failure | Unanswered:
+        """Return the error of a filter whose output has ended."""
+        if self._program.fault:
+            return Failure(f"the filter {self._program.fault}")
+        status = self._program.wait(FAILED_FILTER_LIMIT)
         if status is None:
-            raise Failure("the filter closed its input or output, so there can be no more replies")
-        if self._was_stopped(status):
-            raise Unanswered("the filter was stopped, too")
-        raise Failure(f"the filter {describe_status(status)}, so there can be no more replies")
+            return Failure("the filter closed its input or output, so there can be no more replies")
+        if self._was_stopped_with_us(status):
+            return Unanswered("the filter was stopped, too")
+        return Failure(f"the filter {describe_status(status)}, so there can be no more replies")
 
 
-def describe_status(status: int) -> str:
-    """Return in words how a child process has ended; ``status`` is negative for a signal."""
-    number = killing_signal(status)
-    return f"was killed by signal {number}" if number else f"exited with status {status}"
+# Who asks
 
 
 def client_address(request: Frames) -> str:
@@ -458,8 +379,8 @@ def client_key_name(request: Frames, socket: Socket) -> str:
         return ""
 
 
-def describe_client(request: Frames, socket: Socket) -> dict[str, str]:
-    """Return the environment of a command, with who sent the request.
+def environment_for(request: Frames, socket: Socket) -> dict[str, str]:
+    """Return the environment of a command that answers ``request``, with who sent it.
 
     Nothing in it is chosen by the client: the address is the system's, and the name is that of a
     file of ours.

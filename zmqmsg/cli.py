@@ -1,167 +1,29 @@
-"""The command line: options and their types. What the commands do is in ``send`` and ``serve``."""
+"""The command line. What the commands do is in ``send`` and ``serve``."""
 
 import math
-import os
-import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from collections.abc import Callable
 
 import click
-from click.core import ParameterSource
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.keys import Keys, looks_like_key
-from zmqmsg.messages import Form, Source
+from zmqmsg.keys import Keys
+from zmqmsg.messages import Form
 from zmqmsg.notices import notify
+from zmqmsg.options import (
+    BIND_ENDPOINT,
+    CONNECT_ENDPOINT,
+    INPUT_FILE,
+    KEY_FILE,
+    KEY_FILES,
+    SECONDS,
+    SIZE,
+    flag,
+    option,
+    usage_of,
+)
+from zmqmsg.source import Source
 
-UNITS = {"": 1, "K": 1024, "M": 1024**2, "G": 1024**3}
-MIN_SIZE = 512  # bytes; libzmq applies the limit to the handshake as well (300 with CURVE)
-MAX_SIZE = 1024 * UNITS["G"]
 DEFAULT = f"[default: {DEFAULT_ENDPOINT}]"
-
-
-# Options and their types
-
-
-class Option(click.Option):
-    """An option whose environment variable counts even if it is empty or blank.
-
-    It is then the option with an empty value; for a flag, no. click ignores such a variable, so
-    that a secret which is missing would turn authentication off. Errors name the variable.
-    """
-
-    def variable(self, ctx: click.Context) -> str:
-        """Return the name of the environment variable."""
-        long_name = self.opts[-1].lstrip("-").replace("-", "_")
-        return f"{ctx.auto_envvar_prefix}_{long_name}".upper()
-
-    def resolve_envvar_value(self, ctx: click.Context) -> str | None:
-        value = os.environ.get(self.variable(ctx))
-        if value is None or value.strip():
-            return value
-        return ""
-
-    def value_from_envvar(self, ctx: click.Context) -> Any:
-        value = super().value_from_envvar(ctx)
-        if self.multiple and value == []:
-            return [""]
-        return value
-
-    def process_value(self, ctx: click.Context, value: Any) -> Any:
-        try:
-            return super().process_value(ctx, value)
-        except click.BadParameter as error:
-            if is_from_environment(ctx, self):
-                text = f"{error.message.removesuffix('.')} (from {self.variable(ctx)})"
-                raise click.BadParameter(text, ctx, self) from None
-            raise
-
-
-class Parsed(click.ParamType[Any]):
-    """A value that ``parse`` understands; it raises ValueError with a message for the user."""
-
-    def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
-        self.name = name
-        self._parse = parse
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self._parse(str(value))
-        except ValueError as error:
-            self.fail(str(error), param, ctx)
-
-
-class InputPath(click.Path):
-    """A path that errors show as it was typed, and not with its backslashes doubled."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return super().convert(value, param, ctx)
-        except click.BadParameter as error:
-            shown = click.format_filename(value)
-            self.fail(error.message.replace(repr(shown), f"'{value}'"), param, ctx)
-
-
-class KeyPath(InputPath):
-    """A path of keys. An empty one, as of an unset shell variable, must not turn an option off."""
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if not value:
-            self.fail("the path is empty", param, ctx)
-        if value == "-":
-            self.fail(
-                "'-' is no key file; to read a key from a command, pass <(command)", param, ctx
-            )
-        if looks_like_key(value) and not os.path.exists(value):
-            self.fail(  # without showing it: it may be a secret
-                "it takes a file, and this looks like a key itself; put the key into a file"
-                " (if it is the name of a file, write ./ before it)",
-                param,
-                ctx,
-            )
-        return super().convert(value, param, ctx)
-
-
-def parse_endpoint(text: str, *, bind: bool) -> str:
-    """Return ``text`` if it is an endpoint that can be bound, or else connected to."""
-    from zmqmsg.endpoints import check_endpoint  # not for --help and completion: it imports zmq
-
-    return check_endpoint(text, bind=bind)
-
-
-def parse_size(text: str) -> int:
-    """Return a number of bytes. K, M and G are powers of 1024."""
-    match = re.fullmatch("([0-9]{1,20})([KMG]?)", text.upper())
-    size = int(match[1]) * UNITS[match[2]] if match else 0
-    if not MIN_SIZE <= size <= MAX_SIZE:
-        raise ValueError(
-            f"'{text}' is not a size such as 65536, 64M or 1G, {MIN_SIZE} at least and"
-            " 1024G at most"
-        )
-    return size
-
-
-def parse_seconds(text: str) -> float:
-    """Return a time above 0, in seconds."""
-    # click's FloatRange accepts NaN, and says "is not a valid float range".
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = math.nan
-    if not 0 < seconds < math.inf:
-        raise ValueError(f"'{text}' is not a number of seconds above 0, such as 2 or 0.5")
-    return seconds
-
-
-# Errors of usage that are found when all options are known
-
-
-@contextmanager
-def usage_of(ctx: click.Context) -> Iterator[None]:
-    """Let errors of usage refer to the help, and to the variables that they come from."""
-    try:
-        yield
-    except click.UsageError as error:
-        raise click.UsageError(name_variables(ctx, error.message), ctx) from None
-
-
-def name_variables(ctx: click.Context, text: str) -> str:
-    """Return ``text`` with the variable after each option that comes from the environment."""
-    for option in ctx.command.params:
-        if isinstance(option, Option) and is_from_environment(ctx, option):
-            name = re.escape(option.opts[-1])
-            text = re.sub(rf"{name}(?![\w-])", rf"\g<0> (from {option.variable(ctx)})", text)
-    return text
-
-
-def is_from_environment(ctx: click.Context, option: click.Option) -> bool:
-    """Return whether the value of ``option`` comes from an environment variable."""
-    return ctx.get_parameter_source(option.name or "") == ParameterSource.ENVIRONMENT
-
-
-# The group
 
 
 def print_versions(ctx: click.Context, _param: click.Parameter, is_given: bool) -> None:
@@ -211,18 +73,6 @@ def cli() -> None:
     \b
       eval "$(_ZMQMSG_COMPLETE=bash_source zmqmsg)"
     """
-
-
-BIND_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=True))
-CONNECT_ENDPOINT = Parsed("endpoint", partial(parse_endpoint, bind=False))
-SECONDS = Parsed("seconds", parse_seconds)
-SIZE = Parsed("bytes", parse_size)
-KEY_FILE = KeyPath(dir_okay=False)
-KEY_FILES = KeyPath()
-INPUT_FILE = InputPath(exists=True, dir_okay=False, readable=True, allow_dash=True)
-
-option = partial(click.option, cls=Option)
-flag = partial(option, is_flag=True)
 
 
 def shared_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -372,7 +222,7 @@ def serve(
     help="Send a whole file (- is standard input); repeatable.",
 )
 @flag("-m", "--multipart", help="Send all messages as the frames of one request.")
-@flag("-v", "--verbose", help="Report who replied, how much, and how fast.")
+@flag("-v", "--verbose", help="Report each reply: from where, its size and time.")
 @shared_options
 @option("--server-key", type=KEY_FILE, help="The server's CURVE public key file.")
 @click.argument("messages", metavar="[MESSAGE]...", nargs=-1)
@@ -407,8 +257,8 @@ def send(
       zmqmsg send --file question.json > answer.json
 
     A request is sent again when --timeout passes or the connection breaks, so it
-    may be served --retries + 1 times; with --retries 0, once at most. If the first
-    attempt reaches no server, it is the last one.
+    may be served --retries + 1 times; with --retries 0, once at most. If there is
+    no server at the start, there is one attempt.
 
     In quoted lines, TAB separates frames, and \\\\ \\t \\n \\r \\xHH stand for
     special bytes.
@@ -446,7 +296,5 @@ def warn_of_endpoints(messages: tuple[str, ...]) -> None:
     for message in messages:
         if looks_like_endpoint(message):
             endpoint = suggest_endpoint(message, bind=False)
-            notify(
-                f"'{message}' is sent as a message; to connect there, use --connect {endpoint}".rstrip(),
-                "yellow",
-            )
+            option = f"--connect {endpoint}" if endpoint else "--connect"
+            notify(f"'{message}' is sent as a message; to connect there, use {option}", "yellow")

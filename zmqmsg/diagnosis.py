@@ -75,7 +75,7 @@ class Stream:
         self._connection = connection
         self.received = b""
 
-    def read(self, size: int, limit: float = STEP_LIMIT) -> bytes:
+    def read_at_least(self, size: int, limit: float = STEP_LIMIT) -> bytes:
         """Return all that has come, once it is ``size`` bytes at least.
 
         Raises TimeoutError after ``limit`` seconds of silence, or OSError if the connection ends.
@@ -164,14 +164,14 @@ def greet(stream: Stream, expected: Expected) -> Iterator[Finding]:
     yield Finding(silent)
     stream.send(SIGNATURE)
     with suppress(TimeoutError):
-        stream.read(1, GREETING_DELAY)
+        stream.read_at_least(1, GREETING_DELAY)
     if not stream.received:
         guess = "the server may be hung" if expected.was_ready else "wrong port, or a hung server?"
         yield Finding(f"{silent}; {guess}")
 
-    received = stream.read(1)
+    received = stream.read_at_least(1)
     if received[:1] == SIGNATURE[:1]:
-        received = stream.read(len(SIGNATURE))
+        received = stream.read_at_least(len(SIGNATURE))
         if received[9:10] == SIGNATURE[9:]:
             yield from shake_hands(stream, expected)
             return
@@ -187,11 +187,11 @@ def speaks_zmtp_1(stream: Stream) -> bool:
     The frame is the size of what follows (1 byte), flags (1 byte, 0) and the identity. Anything
     more, as in the banner of an SSH server, is another protocol.
     """
-    received = stream.read(1)
+    received = stream.read_at_least(1)
     if received[1:2] not in (b"", b"\0"):
         return False
     size = 1 + received[0]
-    received = stream.read(size)
+    received = stream.read_at_least(size)
     return received[1:2] == b"\0" and len(received) == size
 
 
@@ -199,14 +199,14 @@ def shake_hands(stream: Stream, expected: Expected) -> Iterator[Finding]:
     """Go on after the signature of ZMTP 2 or later, and yield what the peer is."""
     yield Finding("connected, but the ZeroMQ handshake is not finished yet")
     stream.send(VERSION)
-    received = stream.read(MECHANISM_AT)
+    received = stream.read_at_least(MECHANISM_AT)
     version, number = received[VERSION_AT], received[VERSION_AT + 1]
     if version < VERSION[0]:
         is_known = version > 0 and number < len(ZMTP_2_TYPES)
         yield judge_old_peer("ZMTP 2", ZMTP_2_TYPES[number] if is_known else "", expected)
         return
 
-    received = stream.read(GREETING_SIZE)
+    received = stream.read_at_least(GREETING_SIZE)
     mechanism = received[MECHANISM_AT:MECHANISM_END].rstrip(b"\0").decode(errors="backslashreplace")
     if mechanism != ("CURVE" if expected.curve else "NULL"):
         reason = f"it requires {mechanism}, which zmqmsg does not speak"
@@ -227,12 +227,12 @@ def read_socket_type(stream: Stream) -> str:
     """Return the Socket-Type of the READY command after the greeting; empty if there is none."""
     size_at = GREETING_SIZE + 1
     body_at = size_at + 1
-    received = stream.read(body_at)
+    received = stream.read_at_least(body_at)
     size = received[size_at]
     if received[GREETING_SIZE] & LONG_FLAG:
         body_at = size_at + 8
-        size = int.from_bytes(stream.read(body_at)[size_at:body_at])
-    received = stream.read(body_at + min(size, COMMAND_LIMIT))
+        size = int.from_bytes(stream.read_at_least(body_at)[size_at:body_at])
+    received = stream.read_at_least(body_at + min(size, COMMAND_LIMIT))
     _before, _name, value = received[body_at:].partition(SOCKET_TYPE)
     value_size = int.from_bytes(value[:4])
     return value[4 : 4 + value_size].decode(errors="backslashreplace")

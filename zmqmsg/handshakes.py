@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import zmq
 
-from zmqmsg.notices import UNIX_CLIENT, ClientNotices, not_through
+from zmqmsg.refusals import UNIX_CLIENT, ClientNotices, not_through
 from zmqmsg.sockets import HANDSHAKE_LIMIT_MS, Socket, open_monitor
 from zmqmsg.system import start_thread
 
@@ -83,8 +83,6 @@ class HandshakeWatch:
             self._unfinished.add(value)
         elif event == WRONG:
             self._reason = self._describe(value)
-        elif event == BROKEN and value == zmq.EAGAIN:
-            self._reason = "it did not finish the handshake in time"
         elif event == BROKEN:
             self._hung_up = True
         elif event in (SUCCEEDED, REFUSED):  # of clients that are refused, the ZAP thread tells

@@ -238,15 +238,15 @@ def write_new_file(path: str, text: str, mode: int) -> bool:
     Raises KeyFileError.
     """
     # pyzmq's own zmq.auth.create_certificates overwrites files, and lets others read the secret.
-    draft = f"{path}.{os.urandom(8).hex()}"
+    directory, name = os.path.split(path)
+    draft = os.path.join(directory, f".{name}.{os.urandom(8).hex()}")
     try:
         with open(draft, "x", opener=partial(os.open, mode=mode)) as file:
             file.write(text)
         try:
             os.link(draft, path)
         except OSError:  # it exists, or there are no hard links here, as on FAT
-            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
-            os.replace(draft, path)
+            replace_nothing(draft, path)
     except FileExistsError:
         return False
     except OSError as error:
@@ -255,3 +255,13 @@ def write_new_file(path: str, text: str, mode: int) -> bool:
         with suppress(OSError):
             os.unlink(draft)
     return True
+
+
+def replace_nothing(draft: str, path: str) -> None:
+    """Rename ``draft`` to ``path``; raise FileExistsError if that exists, or OSError."""
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL))  # reserves the name
+    try:
+        os.replace(draft, path)
+    except OSError:
+        os.unlink(path)
+        raise

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 import click
 
 if TYPE_CHECKING:
-    from zmqmsg.clients import Admission
-    from zmqmsg.notices import ClientNotices, Notify
+    from zmqmsg.notices import Notify
+    from zmqmsg.refusals import ClientNotices
     from zmqmsg.sockets import Socket
+    from zmqmsg.zap import Admission
 
 # What keys look like: in Z85, hexadecimal and base64. A key of 32 bytes has 40 characters in Z85.
 _Z85_CHARACTERS = r"0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-"
@@ -22,11 +23,14 @@ _KEY_TEXT = re.compile(
 _DAMAGED_KEY_TEXT = re.compile(rf"[{_Z85_CHARACTERS}]{{30,50}}")
 _UNUSUAL_IN_PATHS = re.compile(r"[:^!*?&<>()\[\]{}@%$#=+]")
 UNUSUAL_LIMIT = 4
+_CLEARLY_A_PATH = re.compile(r"[./~][\w./-]*")
 
 
 def looks_like_key(text: str) -> bool:
     """Return whether ``text``, which should be the path of a key file, may be a key itself."""
     text = text.strip().strip("\"'")
+    if _CLEARLY_A_PATH.fullmatch(text):
+        return False
     if _KEY_TEXT.fullmatch(text) or "\n" in text:
         return True
     is_damaged = _DAMAGED_KEY_TEXT.fullmatch(text)
@@ -87,7 +91,8 @@ class Keys(NamedTuple):
                 server_public = load_public_key(self.server_key)
         admission = None
         if self.client_keys and notify and client_notices:
-            from zmqmsg.clients import Admission, ClientKeys
+            from zmqmsg.clientkeys import ClientKeys
+            from zmqmsg.zap import Admission
 
             with naming("--client-keys"):
                 client_keys = ClientKeys(self.client_keys, notify)

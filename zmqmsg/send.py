@@ -10,12 +10,15 @@ from typing import NamedTuple
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.connection import PROBE_DELAY, Peer, poll, update_all
 from zmqmsg.keys import Keys
-from zmqmsg.messages import Form, Output, Source, reader_gone
+from zmqmsg.messages import Form
 from zmqmsg.notices import NOTICE_DELAY, Failure, notify
+from zmqmsg.output import Output, reader_gone
+from zmqmsg.peer import Peer, poll, update_all
+from zmqmsg.prober import PROBE_DELAY
 from zmqmsg.quoting import abridge, count_of, describe
 from zmqmsg.sockets import open_socket, receive, send, share_context
+from zmqmsg.source import Source
 from zmqmsg.system import raise_descriptor_limit, yield_processor
 
 # Looks for a reply before going to sleep, which takes longer than a fast reply: they save 40 % of a
@@ -277,7 +280,7 @@ class Client:
         """Return the ready peer that has not been asked for longest; wait for one."""
         while True:
             if self._output.is_abandoned():
-                raise reader_gone()
+                raise self._error("standard output is closed") if self._sent else reader_gone()
             ready = update_all(self._peers, needed=True)
             if ready:
                 self._peers.remove(ready[0])
@@ -308,7 +311,7 @@ class Client:
             if reply := receive(link.socket):
                 return reply
             if has_ended:
-                if link.wait_for_rejection():
+                if link.was_ended_by_us():
                     raise ReplyRejected(peer.endpoint)
                 seconds = time.monotonic() - sent_at
                 raise ConnectionLost(f"connection to {peer.endpoint} lost", seconds)

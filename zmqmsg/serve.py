@@ -10,13 +10,15 @@ import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
 from zmqmsg.answers import Answer, AnswerOptions, Unanswered, client_address, client_key_name
-from zmqmsg.connection import Peer, poll, update_all
 from zmqmsg.handshakes import watch_handshakes
 from zmqmsg.keys import CurveKeys, Keys
 from zmqmsg.listener import StopRequested, bound, notify_of_endpoint
-from zmqmsg.messages import Form, Frames, Output
-from zmqmsg.notices import NOTICE_DELAY, ClientNotices, Failure, notify
+from zmqmsg.messages import Form, Frames
+from zmqmsg.notices import NOTICE_DELAY, Failure, notify
+from zmqmsg.output import Output
+from zmqmsg.peer import Peer, poll, update_all
 from zmqmsg.quoting import count_of, describe
+from zmqmsg.refusals import ClientNotices
 from zmqmsg.sockets import Context, Secure, Socket, open_socket, receive, send, share_context
 from zmqmsg.stopping import ANSWER_LIMIT, STOPPING, Guard
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit

@@ -12,8 +12,9 @@ import time
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from zmqmsg.messages import Output
-from zmqmsg.notices import NOTICE_DELAY, NoticeWriter, StallNotices, standard_error
+from zmqmsg.notices import NOTICE_DELAY, NoticeWriter, standard_error
+from zmqmsg.output import Output
+from zmqmsg.stalls import StallNotices
 from zmqmsg.system import (
     END_SIGNALS,
     STOP_SIGNALS,
@@ -61,7 +62,7 @@ class Stop:
         self.sources = [reader]
 
     def request(self) -> None:
-        """Begin to stop, unless that has begun."""
+        """Begin to stop, if that has not begun."""
         if self.is_requested:
             return
         self._requested_at = time.monotonic()
@@ -75,18 +76,18 @@ class Stop:
         return self._event.wait(seconds)
 
     def has_lasted(self, seconds: float) -> bool:
-        """Return whether stopping began so long ago."""
+        """Return whether stopping began ``seconds`` ago or earlier; False if it has not begun."""
         return time.monotonic() >= self._requested_at + seconds
 
 
-class Commands:
-    """The shell commands that run, which end with the process."""
+class RunningPrograms:
+    """The shell commands that run. They are killed when serve ends early."""
 
     def __init__(self) -> None:
         from threading import Lock
 
         self._processes: set[Popen[bytes]] = set()
-        self._lock = Lock()  # held while a command is started and noted
+        self._lock = Lock()  # held while one is started and noted
 
     def start(self, command: str, environment: dict[str, str]) -> "Popen[bytes]":
         """Start a command; raise OSError if that is impossible."""
@@ -96,13 +97,15 @@ class Commands:
         return process
 
     def forget(self, process: "Popen[bytes]") -> None:
-        """Forget a process that has ended; do not return while all are being ended."""
+        """Forget a process that has ended. Blocks while all are being killed."""
         with self._lock:
             self._processes.discard(process)
 
-    def end_all(self) -> None:
-        """End all commands; none can be started or forgotten any more."""
-        self._lock.acquire(timeout=LOCK_LIMIT)  # for good
+    def kill_all(self) -> None:
+        """Kill all that run, just before the process ends."""
+        # Never released: the main thread must neither start another command nor go on with the end
+        # of one that is killed here.
+        self._lock.acquire(timeout=LOCK_LIMIT)
         for process in tuple(self._processes):
             end_group(process)
 
@@ -123,12 +126,13 @@ class Guard:
     def __init__(self, output: Output | None) -> None:
         """``output``: standard output, if it is used. Raises OSError."""
         self.stop = Stop()
-        self.commands = Commands()
+        self.programs = RunningPrograms()
         self.notices = NoticeWriter()
         self.stalls = StallNotices(self.notices.notify)
-        # What would be cut off, in words; only the main thread sets it.
+        # What would be cut off if the process ended now, in words. Only the main thread sets it.
         self.unfinished = ""
         self._output = output
+        self._output_was_stalled = False  # at the last look
         self._first_signal = 0  # 0: none has come
         self._signalled_at = math.inf
 
@@ -137,11 +141,12 @@ class Guard:
         from socket import socketpair
 
         self.stop.open()
-        self._signals, self._signal_writer = socketpair()
+        signals, self._signal_writer = socketpair()
         self._signal_writer.setblocking(False)
-        self._signals.settimeout(LOOK_INTERVAL)
-        start_thread(self._work)
-        # First, or a signal could be lost. A full buffer is no loss: it has two signals.
+        signals.settimeout(LOOK_INTERVAL)
+        start_thread(lambda: self._work(signals))
+        # Before the handlers, or a signal could be lost. If the buffer is full, more signals are
+        # in it than we need.
         signal.set_wakeup_fd(self._signal_writer.fileno(), warn_on_full_buffer=False)
         for number in (*STOP_SIGNALS, *END_SIGNALS):
             if signal.getsignal(number) != signal.SIG_IGN:
@@ -149,15 +154,17 @@ class Guard:
 
     # The thread
 
-    def _work(self) -> None:
+    def _work(self, signals: "socket") -> None:
         while True:
             with suppress(TimeoutError):
-                for number in self._signals.recv(4096):
-                    self._handle(number)
-            self.commands.reap_orphans()
-            self._look()
+                for number in signals.recv(4096):
+                    self._handle_signal(number)
+            self.programs.reap_orphans()
+            self._check_output()
+            self._check_time()
+            self.stalls.give_due()
 
-    def _handle(self, number: int) -> None:
+    def _handle_signal(self, number: int) -> None:
         now = time.monotonic()
         is_repeated = number == self._first_signal and now < self._signalled_at + REPEAT_DELAY
         is_second = self._first_signal != 0 and not is_repeated
@@ -169,23 +176,25 @@ class Guard:
             self.stalls.expect(STOPPING, NOTICE_DELAY)
             self.stop.request()
 
-    def _look(self) -> None:
-        """Give the notices that are due; end the process if its time is over."""
-        output_is_stalled = self._output is not None and self._output.is_stalled()
-        if output_is_stalled:
-            self.stalls.expect(f"{UNREAD}; waiting until it is", 0)
-        if self.stop.is_requested:
-            if output_is_stalled:
-                self.notices.notify(f"{UNREAD}; 1 request was answered, but not printed", "red")
-                self._end(1)
-            if standard_error.is_stalled():
-                self._end(1)
-            if self.stop.has_lasted(END_LIMIT) and self.unfinished:
-                self.notices.notify(f"{self.unfinished} after {END_LIMIT:g} s", "red")
-                self._end(1)
-        self.stalls.give_due()
+    def _check_output(self) -> None:
+        """Tell of a standard output that is not read; do not wait for it while stopping."""
+        is_stalled = self._output is not None and self._output.is_stalled()
+        if is_stalled and self.stop.is_requested:
+            self.notices.notify(f"{UNREAD}; 1 request was answered, but not printed", "red")
+            self._end(1)
+        if is_stalled and not self._output_was_stalled:
+            self.stalls.notify(f"{UNREAD}; waiting until it is")
+        self._output_was_stalled = is_stalled
+
+    def _check_time(self) -> None:
+        """End the process if it is to stop, and cannot."""
+        if self.stop.is_requested and standard_error.is_stalled():
+            self._end(1)
+        if self.stop.has_lasted(END_LIMIT) and self.unfinished:
+            self.notices.notify(f"{self.unfinished} after {END_LIMIT:g} s", "red")
+            self._end(1)
 
     def _end(self, status: int) -> None:
-        self.commands.end_all()
+        self.programs.kill_all()
         self.notices.finish()
         os._exit(status)

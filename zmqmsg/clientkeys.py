@@ -1,25 +1,17 @@
-"""Which clients are let in: those whose public keys are in a file or directory (ZAP, RFC 27)."""
+"""The public keys of the clients that are let in: a file or a directory of them."""
 
 import math
 import os
 import stat
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from typing import NamedTuple
 
-import zmq
-from zmq.utils import z85
-
 from zmqmsg.keyfiles import KeyFileError, load_public_key
-from zmqmsg.notices import ClientNotices, Notify, notify
-from zmqmsg.sockets import Context, Socket, new_socket
-from zmqmsg.system import SHORTAGES, start_thread
+from zmqmsg.notices import Notify, notify
+from zmqmsg.system import SHORTAGES
 
-SCAN_SHARE = 5  # the next scan begins after so many times the duration of the last one
-SETTLE_TIME = 1.0  # seconds for which keys that change, or cannot be read, are looked at again
-LOOK_INTERVAL_MS = 50  # between looks for a client that is not known yet
-KEY_SIZE = 32  # bytes
+SCAN_SHARE = 5  # a scan is due after SCAN_SHARE x the duration of the last one
+SETTLE_TIME = 1.0  # seconds without a change after which keys are no longer being changed
 
 Fingerprint = tuple[int, ...]
 
@@ -82,7 +74,7 @@ class ClientKeys:
         if self.error and not last_error:
             self._notify(
                 f"cannot read the client keys: {self.error.strerror};"
-                " clients are not let in until that is over",
+                " clients that are not known yet are not let in until that is over",
                 "yellow",
             )
         elif last_error and not self.error:
@@ -93,7 +85,7 @@ class ClientKeys:
         return not self.error and time.monotonic() - self.changed_at >= SETTLE_TIME
 
     def _scan(self) -> None:
-        """Take over the keys as they are now: all of them or, with an error, none."""
+        """Read the keys as they are now. If that fails, keep the old ones, and note the error."""
         began_at = time.monotonic()
         try:
             files = {path: self._read(path) for path in self._list()}
@@ -168,98 +160,3 @@ def fingerprint_of(path: str) -> Fingerprint:
         return ()
     # On Windows, ctime is the time of creation; elsewhere, mtime can be set back.
     return status.st_ino, status.st_size, status.st_ctime_ns, status.st_mtime_ns
-
-
-class ZapRequest(NamedTuple):
-    """What libzmq asks of a client that wants to connect."""
-
-    envelope: list[bytes]  # routing id and delimiter
-    version: bytes
-    request_id: bytes
-    address: str
-    public: bytes  # in Z85
-    asked_at: float  # by time.monotonic()
-
-
-class Admission:
-    """Decides in a thread of its own which clients are let in, by their keys."""
-
-    # pyzmq's own zmq.auth.thread takes 40 ms to import, because of asyncio.
-
-    def __init__(self, keys: ClientKeys, notices: ClientNotices) -> None:
-        self._keys = keys
-        self._notices = notices
-        self._undecided: list[ZapRequest] = []  # an answer may take a while, and holds up no other
-
-    def start(self, context: Context) -> None:
-        """Begin to answer; the thread ends with ``context``. Raises OSError."""
-        socket = new_socket(context, zmq.ROUTER)
-        socket.bind("inproc://zeromq.zap.01")
-        start_thread(lambda: self._work(socket))
-
-    def _work(self, socket: Socket) -> None:
-        with socket, suppress(zmq.ContextTerminated):
-            while True:
-                if socket.poll(LOOK_INTERVAL_MS if self._undecided else None):
-                    self._undecided += read_zap_request(socket.recv_multipart())
-                for reply in self._decide():
-                    socket.send_multipart(reply)
-
-    def _decide(self) -> Iterator[list[bytes]]:
-        """Yield the replies to all requests that can be decided now."""
-        requests, self._undecided = self._undecided, []
-        if self._keys.error or any(not self._keys.find(each.public) for each in requests):
-            self._keys.scan_if_due()
-        for request in requests:
-            name = self._keys.find(request.public)
-            notice = (
-                f"refused a client from {request.address}:"
-                f" its public key {request.public.decode()} is not known"
-            )
-            if name:
-                self._notices.forget(notice)
-                yield reply_to(request, b"200", b"OK", name)
-            elif not self._is_final(request):
-                self._undecided.append(request)
-            elif self._keys.error:
-                yield reply_to(request, b"300", b"client keys cannot be read just now")
-            else:
-                self._notices.report(request.address, notice)
-                yield reply_to(request, b"400", b"unknown key")
-
-    def _is_final(self, request: ZapRequest) -> bool:
-        """Return whether a key that is not known will not be known any sooner."""
-        if self._keys.has_settled():
-            return self._keys.scanned_at >= request.asked_at
-        return time.monotonic() >= request.asked_at + SETTLE_TIME
-
-
-def read_zap_request(message: list[bytes]) -> list[ZapRequest]:
-    """Return the request in ``message``; none if it is not about a CURVE client."""
-    *envelope, version, request_id, _domain, address, _identity, mechanism, key = message
-    if mechanism != b"CURVE" or len(key) != KEY_SIZE:
-        return []
-    return [
-        ZapRequest(
-            envelope,
-            version,
-            request_id,
-            address.decode(errors="backslashreplace"),
-            z85.encode(key),
-            time.monotonic(),
-        )
-    ]
-
-
-def reply_to(request: ZapRequest, status: bytes, text: bytes, user_id: str = "") -> list[bytes]:
-    """Return the ZAP reply: 200 let it in, 300 come again later, 400 refused."""
-    no_metadata = b""
-    return [
-        *request.envelope,
-        request.version,
-        request.request_id,
-        status,
-        text,
-        user_id.encode(errors="backslashreplace"),  # pyzmq reads it as UTF-8
-        no_metadata,
-    ]

@@ -1,0 +1,134 @@
+"""One connection: a socket that connects once, and what libzmq reports of that."""
+
+import math
+import struct
+import time
+from itertools import count
+from typing import cast
+
+import zmq
+
+from zmqmsg.diagnosis import Finding
+from zmqmsg.notices import Failure
+from zmqmsg.sockets import Socket, connect, open_monitor
+
+RETRY_DELAY = 0.1  # seconds in which libzmq says that it would connect again, if the peer hung up
+
+POLLIN = int(zmq.POLLIN)  # arithmetic with the enum itself is slow
+
+# Events of a socket's monitor
+CONNECTED = int(zmq.EVENT_CONNECTED)
+HANDSHAKE_DONE = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+HANDSHAKE_FAILED = REFUSED | int(
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+)
+CONNECT_RETRIED = int(zmq.EVENT_CONNECT_RETRIED)
+ENDED = HANDSHAKE_FAILED | CONNECT_RETRIED | int(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+
+# Why a handshake failed
+HANDSHAKE_FAILING = Finding("connected, but the ZeroMQ handshake fails")
+CURVE_FAILING = Finding(
+    "CURVE handshake failing; check --server-key, or the server cannot check clients just now"
+)
+NOT_LET_IN = Finding("it refused: the server does not let us in", hopeless=True)
+KEY_NOT_KNOWN = Finding("it refused: the server does not know this key", hopeless=True)
+# By statuses of ZAP, ZeroMQ's authentication protocol (RFC 27): a temporary error, an internal one.
+NOT_REFUSED_FOR_GOOD = {
+    300: Finding("it refused for now: the server could not check who we are"),
+    500: Finding("it refused: the server failed to check who we are"),
+}
+
+_monitor_addresses = (f"inproc://zmqmsg.monitor.{number}" for number in count())
+
+
+class Link:
+    """A socket that connects once, and all that libzmq reports of that connection.
+
+    libzmq never connects it again (see NO_RECONNECT_MS in sockets), so what was sent over it cannot
+    be sent a second time behind our back.
+    """
+
+    def __init__(self, socket: Socket) -> None:
+        """Watch ``socket``, which is not connected yet.
+
+        Raises Failure, and closes it, if there are too many sockets.
+        """
+        self.socket = socket
+        self.uses_curve = socket.mechanism == zmq.CURVE
+        self.connected_at = math.inf  # when TCP connected, by time.monotonic(); infinity: not yet
+        self._events = 0  # all that have happened
+        self._zap_status = 0  # why the server has refused us
+        try:
+            self.monitor = open_monitor(
+                socket, next(_monitor_addresses), CONNECTED | HANDSHAKE_DONE | ENDED
+            )
+        except Failure:
+            socket.close()
+            raise
+
+    @property
+    def handshake_done(self) -> bool:
+        """Whether libzmq has reported that the handshake is done."""
+        return self._events & HANDSHAKE_DONE != 0
+
+    @property
+    def ended(self) -> bool:
+        """Whether the connection has ended, or could not be made."""
+        return self._events & ENDED != 0
+
+    @property
+    def handshake_finding(self) -> Finding | None:
+        """How the handshake has failed, if it has."""
+        if self._zap_status:
+            refused = KEY_NOT_KNOWN if self.uses_curve else NOT_LET_IN
+            return NOT_REFUSED_FOR_GOOD.get(self._zap_status, refused)
+        if self.ended and self.connected_at < math.inf and not self.handshake_done:
+            return CURVE_FAILING if self.uses_curve else HANDSHAKE_FAILING
+        return None
+
+    def connect(self, endpoint: str, limit: float) -> None:
+        """Connect to ``endpoint``, whose address is numeric; raise Failure.
+
+        ``limit``: seconds in which it has to accept the connection.
+        """
+        self.socket.connect_timeout = round(limit * 1000)
+        connect(self.socket, endpoint)
+
+    def read_events(self) -> None:
+        """Collect the events that libzmq has reported; the caller acts upon them."""
+        while cast(int, self.monitor.get(zmq.EVENTS)) & POLLIN:
+            # As zmq.utils.monitor does, which takes 40 ms to import, because of asyncio.
+            event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
+            self._events |= event
+            if event == CONNECTED:
+                self.connected_at = time.monotonic()
+            elif event == REFUSED:
+                self._zap_status = value
+
+    def was_ended_by_us(self) -> bool:
+        """Return whether our side ended the connection, because of what came over it.
+
+        libzmq says that it would connect again, or after a flipped bit that the handshake failed,
+        only if the peer hung up. If it says nothing for 0.1 s, we did.
+        """
+        end = time.monotonic() + RETRY_DELAY
+        while not self._events & (CONNECT_RETRIED | HANDSHAKE_FAILED):
+            seconds_left = end - time.monotonic()
+            if seconds_left <= 0:
+                return True
+            self.monitor.poll(math.ceil(seconds_left * 1000))
+            self.read_events()
+        return False
+
+    def close(self) -> None:
+        """Close the socket. What is not sent yet keeps its linger if there is a connection."""
+        if self.socket.closed:
+            return
+        self.read_events()
+        # First; otherwise libzmq's I/O thread waits for ever to send an event of the closing to a
+        # monitor that is gone.
+        self.socket.disable_monitor()
+        is_connected = self.connected_at < math.inf and not self.ended
+        self.socket.close(None if is_connected else 0)
+        self.monitor.close()

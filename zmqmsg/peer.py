@@ -1,0 +1,268 @@
+"""An endpoint that is connected to again and again: whether its peer is ready, and why not.
+
+A ``Peer`` makes one ``Link`` after the other until one is ready, and has a ``Prober`` ask meanwhile
+why none is.
+"""
+
+import math
+import time
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
+from itertools import chain, repeat
+from typing import Any, TypeVar, cast
+
+import zmq
+
+from zmqmsg.background import Background
+from zmqmsg.diagnosis import Expected, Finding, diagnose
+from zmqmsg.link import Link
+from zmqmsg.names import is_named, resolve_to_endpoints
+from zmqmsg.notices import NOTICE_DELAY, Failure, notify
+from zmqmsg.prober import PROBE_DELAY, Prober
+from zmqmsg.sockets import Socket
+
+# Times, in seconds
+# How long an address has to accept a connection: in the first pass over all addresses, the second,
+# and all others. With short limits, the next address is soon tried, and so is the same one after an
+# outage: the system itself repeats its first packet ever more rarely. Long ones reach far peers.
+CONNECT_LIMITS = (1.0, 3.0, 5.0)
+CONNECT_INTERVAL = 0.3  # at least, from the start of one pass to that of the next
+RESOLVE_INTERVAL = 1.0  # after a name could not be resolved, until it is tried again
+# A look at the monitor of a ready peer before each request would cost 10 % of the throughput, so
+# there is one per interval. A request that is sent into a connection which ended since the last
+# look counts as one that was sent.
+UPDATE_INTERVAL = 0.001
+SETTLE_DELAY = 0.5  # before the user is told of a state that a peer which has just started passes
+MIN_PAUSE, MAX_PAUSE = 0.002, 0.3  # between updates while the peer is not ready
+MAX_WAIT = 1.0  # of a poll
+
+NO_ANSWER = Finding("no answer yet")
+CONNECTING = Finding("connecting takes long")
+UNFINISHED = Finding(
+    "the ZeroMQ handshake is not finished yet; the server is slow, or cannot check clients just now"
+)
+
+T = TypeVar("T")
+# A generator that does what can be done now, yields when it has to wait, and goes on when it is
+# resumed. What was read before a yield, such as the time, may be out of date after it.
+Steps = Generator[None, None, T]
+
+
+class Peer:
+    """An endpoint that is connected to again and again. It tells the user what it waits for."""
+
+    def __init__(
+        self,
+        endpoint: str,
+        open_socket: Callable[[], Socket],
+        *,
+        probe_delay: float = PROBE_DELAY,
+        announce: bool = False,
+        verbose: bool = False,
+        brief: bool = False,
+    ) -> None:
+        """Prepare to connect what ``open_socket`` opens; ``update()`` connects it.
+
+        ``probe_delay``: seconds before the first probe. ``announce``: say when the peer is ready
+        for the first time. ``verbose``: say so each time, and when it is lost. ``brief``: do not
+        say what is waited for.
+        """
+        self.endpoint = endpoint
+        self.link = Link(open_socket())
+        self.was_ready = False  # in this run
+        self._open_socket = open_socket
+        self._probe_delay = probe_delay
+        self._announce = announce
+        self._verbose = verbose
+        self._brief = brief
+        self._next_update = 0.0
+        self._begin_wait(first_try_at=0.0)
+
+    def _begin_wait(self, first_try_at: float) -> None:
+        """Set all that belongs to one wait for the peer; nothing of an earlier wait is left."""
+        wanted = ("REP", "ROUTER") if self.link.socket.type == zmq.REQ else ("DEALER", "REQ")
+        expected = Expected(wanted, self.link.uses_curve, self.was_ready)
+        self.ready = False  # whether requests may be sent over the link
+        self.finding = NO_ANSWER  # why not
+        self._found_at = time.monotonic()  # when that was found
+        self._waiting_since = self._found_at
+        self._handshake_finding: Finding | None = None  # how the last handshake failed
+        self._last_notice = ""
+        self._address = self.endpoint  # that is being connected to, with numbers for names
+        self._prober = Prober(partial(diagnose, self.endpoint, expected), self._probe_delay)
+        self._tries = self._try_addresses(first_try_at)
+
+    def update(self) -> bool:
+        """Act upon what has happened: connect, or probe. Return whether the peer is ready."""
+        now = time.monotonic()
+        if self.ready and now < self._next_update:
+            return True
+        self._next_update = now + UPDATE_INTERVAL
+        self.link.read_events()
+        if self.ready and self.link.ended:
+            if self._verbose:
+                notify(f"connection to {self.endpoint} lost")
+            self.renew()
+        if not self.ready:
+            self._approach(now)
+        return self.ready
+
+    def renew(self) -> None:
+        """Start again with a new link.
+
+        A link connects once. To renew it takes back a request that lies in the old one.
+        """
+        old = self.link
+        old.close()
+        self.link = Link(self._open_socket())
+        self._handshake_finding = old.handshake_finding or self._handshake_finding
+        if self.ready:
+            self._begin_wait(old.connected_at + CONNECT_INTERVAL)
+
+    def tell(self, now: float) -> None:
+        """Tell the user of a wait that lasts, and again when the reason is another one."""
+        if self.ready or self._brief or self.finding == NO_ANSWER:
+            return
+        if now < self._waiting_since + NOTICE_DELAY:
+            return
+        is_passing_state = self.finding == self._judge_link()
+        if is_passing_state and now < self._found_at + SETTLE_DELAY:
+            return
+        notice = f"waiting for {self.endpoint}: {self.finding.reason}"
+        if notice != self._last_notice:
+            notify(notice)
+            self._last_notice = notice
+
+    def pause(self, now: float) -> float:
+        """Return the seconds until ``update()`` is due without an event.
+
+        The pause grows with the wait.
+        """
+        if self.ready:
+            return math.inf
+        waited = now - self._waiting_since
+        return min(max(waited / 10, MIN_PAUSE), MAX_PAUSE)
+
+    def close(self) -> None:
+        """Close the socket."""
+        self.link.close()
+
+    # Until the peer is ready
+
+    def _approach(self, now: float) -> None:
+        """Take the next steps that are due towards a ready peer."""
+        next(self._tries)
+        self._prober.update(now)
+        if self._has_become_ready():
+            self._say_that_it_is_ready()
+            self.ready = self.was_ready = True
+            return
+        finding = self._judge()
+        if finding != self.finding:
+            self.finding = finding
+            self._found_at = now
+
+    def _try_addresses(self, start: float) -> Steps[None]:
+        """Connect to one address after the other, each as soon as the last connection has ended.
+
+        ``_approach`` resumes this generator. An exception in it, Failure, ends the program.
+        """
+        for limit in chain(CONNECT_LIMITS, repeat(CONNECT_LIMITS[-1])):
+            yield from pause_until(start)
+            start = time.monotonic() + CONNECT_INTERVAL
+            addresses = yield from self._resolve()
+            for address in addresses:
+                yield from self._try_address(address, limit)
+
+    def _try_address(self, address: str, limit: float) -> Steps[None]:
+        """Connect to ``address``, and wait until that connection has ended."""
+        self._address = address
+        link = self.link
+        link.connect(address, limit)
+        while link is self.link and not link.ended:
+            yield
+        was_renewed_by_others = link is not self.link
+        if not was_renewed_by_others:
+            self.renew()
+
+    def _resolve(self) -> Steps[list[str]]:
+        """Return the endpoints, with numeric addresses, that the endpoint stands for."""
+        if not is_named(self.endpoint):
+            return [self.endpoint]
+        # libzmq would resolve a name on the thread that does everything else, and try only the
+        # first address.
+        while True:
+            resolver = Background(resolve_to_endpoints(self.endpoint))
+            while not resolver.is_over():
+                yield
+            if resolver.latest:
+                return cast(list[str], resolver.latest)
+            yield from pause_until(resolver.ended_at + RESOLVE_INTERVAL)
+
+    def _has_become_ready(self) -> bool:
+        # libzmq reports no handshake of ZMTP 1 and 2. Only a probe that began after this connection
+        # was made says something about it.
+        connected_at = self.link.connected_at
+        return self.link.handshake_done or self._prober.has_found_old_peer_since(connected_at)
+
+    def _say_that_it_is_ready(self) -> None:
+        is_awaited = self._announce and not self.was_ready
+        if self._verbose or self._last_notice or is_awaited:
+            notify(f"connected to {self.endpoint}")
+
+    def _judge(self) -> Finding:
+        """Return why the peer is not ready; what was asked of the peer comes first."""
+        probed = self._prober.finding
+        if probed and probed.reason:
+            return probed
+        if self._handshake_finding:
+            return self._handshake_finding
+        if not probed:
+            return NO_ANSWER
+        return self._judge_link()
+
+    def _judge_link(self) -> Finding:
+        """Return what the link waits for, if nothing is wrong with the peer."""
+        if self.link.connected_at < math.inf:
+            return UNFINISHED
+        if self._address == self.endpoint:
+            return CONNECTING
+        return Finding(f"connecting to {self._address} takes long")
+
+
+def pause_until(end: float) -> Steps[None]:
+    """Wait until ``end``, by time.monotonic()."""
+    while time.monotonic() < end:
+        yield
+
+
+# All peers of a command
+
+
+def update_all(peers: Sequence[Peer], *, needed: bool) -> list[Peer]:
+    """Let all ``peers`` act upon what has happened; return those that are ready.
+
+    Tells the user of those that have been waited for long enough. Raises Failure, with the
+    reasons, if they are ``needed`` and none can ever be ready; one that was ready may come back.
+    """
+    ready = [peer for peer in peers if peer.update()]
+    if needed and all(peer.finding.hopeless and not peer.was_ready for peer in peers):
+        raise Failure("; ".join(f"{peer.endpoint}: {peer.finding.reason}" for peer in peers))
+    if len(ready) < len(peers):
+        now = time.monotonic()
+        for peer in peers:
+            peer.tell(now)
+    return ready
+
+
+def poll(peers: Sequence[Peer], sources: Sequence[Any], until: float) -> None:
+    """Wait until one of ``peers`` or ``sources`` has something to say, or ``until``.
+
+    ``sources``: sockets that may be readable, and numbers of descriptors whose reader may go. Waits
+    a second at most.
+    """
+    now = time.monotonic()
+    seconds = min([until - now, MAX_WAIT, *(peer.pause(now) for peer in peers)])
+    sockets = [*sources, *(peer.link.monitor for peer in peers)]
+    items = [(each, zmq.POLLERR if isinstance(each, int) else zmq.POLLIN) for each in sockets]
+    zmq.zmq_poll(items, max(math.ceil(seconds * 1000), 0))

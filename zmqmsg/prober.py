@@ -1,0 +1,47 @@
+"""Probes of an endpoint, one after the other, while nobody is ready there."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+
+from zmqmsg.background import Background
+from zmqmsg.diagnosis import USABLE_OLD_PEER, Finding
+
+PROBE_DELAY = 0.5  # seconds without a ready peer before the first probe
+PROBE_INTERVAL = 1.0  # seconds from the end of a probe to the next one
+
+
+class Prober:
+    """Asks again and again, one probe at a time, what stands in the way at an endpoint."""
+
+    def __init__(self, diagnose: Callable[[], Iterator[Finding]], delay: float) -> None:
+        """``diagnose``: begins a probe, which yields what it finds.
+
+        ``delay``: seconds before the first probe. What a probe has found by the way counts after
+        the same time: it is held up there.
+        """
+        self.finding: Finding | None = None  # the last one that counts
+        self._old_peer_probed_at = -math.inf  # when the probe began that found an old peer
+        self._diagnose = diagnose
+        self._delay = delay
+        self._next_probe_at = time.monotonic() + delay
+        self._probe: Background | None = None
+
+    def has_found_old_peer_since(self, time: float) -> bool:
+        """Return whether a probe that began after ``time`` has found a peer of ZMTP 1 or 2."""
+        return self._old_peer_probed_at > time
+
+    def update(self, now: float) -> None:
+        """Note what the probe has found, or begin one if that is due."""
+        if not self._probe:
+            if now >= self._next_probe_at:
+                self._probe = Background(self._diagnose())
+            return
+        is_over = self._probe.is_over()  # first: what it has found is final only then
+        if is_over or now >= self._probe.began_at + self._delay:
+            self.finding = self._probe.latest
+        if is_over:
+            if self.finding == USABLE_OLD_PEER:
+                self._old_peer_probed_at = self._probe.began_at
+            self._next_probe_at = self._probe.ended_at + PROBE_INTERVAL
+            self._probe = None
