@@ -65,12 +65,12 @@ def find_fault_of_tcp(endpoint: str, *, bind: bool) -> str:
     match = _TCP.fullmatch(endpoint)
     if not match:
         if not endpoint.isascii() and endpoint.startswith("tcp://"):
-            return "has a name with other characters than ZeroMQ accepts"
+            return "has characters in its name that ZeroMQ does not accept"
         return "is neither tcp://HOST:PORT (IPv6 in brackets) nor ipc://PATH"
     host, port = match["host"], match["port"]
     if not bind and (host == "*" or port == "*" or int(port) == 0):
         return "has a wildcard or port 0, which only --bind accepts"
-    if port != "*" and int(port) > MAX_PORT:  # libzmq would take the rest of a division
+    if port != "*" and int(port) > MAX_PORT:  # libzmq would take it modulo 65536
         return f"has a port above {MAX_PORT}"
     if match["ipv6"] and _LINK_LOCAL.match(match["ipv6"]) and not match["scope"]:
         return "is a link-local address, which needs the name of its interface, such as eth0"

@@ -52,57 +52,60 @@ def read_monitor(monitor: Socket, watch: "HandshakeWatch") -> None:
             watch.notices.give_due()
 
 
-class Client(NamedTuple):
-    """A client that is connected."""
+class Connection(NamedTuple):
+    """A connection of a client."""
 
     address: str
     accepted_at: float  # by time.monotonic()
 
 
 class HandshakeWatch:
-    """Concludes from the events of a bound socket whose handshake has failed.
+    """Infers from the events of a bound socket which client's handshake has failed.
 
-    libzmq says whose an event is only for ACCEPTED and DISCONNECTED, by the number of a descriptor.
-    So a failed handshake is that of the next connection that ends, and one that has succeeded may
-    be that of any connection that is open.
+    libzmq says whose an event is, by a descriptor, only for ACCEPTED and DISCONNECTED. A failed
+    handshake is that of the connection that ends next. One that succeeded may be that of any open
+    connection; so none of them is accused any more.
     """
 
     def __init__(self, notices: ClientNotices, *, requires_keys: bool) -> None:
         self.notices = notices
         self._requires_keys = requires_keys
-        self._clients: dict[int, Client] = {}  # of each open connection
+        self._open: dict[int, Connection] = {}  # by descriptor
         self._unfinished: set[int] = set()  # connections whose handshakes have not succeeded
-        self._reason = ""  # why the handshake of the next connection that ends has failed
-        self._hung_up = False  # whether the client of that connection has just hung up
+        # Of the connection that ends next:
+        self._reason = ""  # why its handshake has failed
+        self._is_broken = False  # whether its client hung up during the handshake
 
     def handle_event(self, event: int, value: int, endpoint: str) -> None:
-        """Draw the conclusions from an event at the bound ``endpoint``."""
+        """Note an event at the bound ``endpoint``; tell of a client if its connection ends."""
         if event == ACCEPTED:
             address = peer_address(value) or local_address(endpoint)
-            self._clients[value] = Client(address, time.monotonic())
+            self._open[value] = Connection(address, time.monotonic())
             self._unfinished.add(value)
         elif event == WRONG:
             self._reason = self._describe(value)
         elif event == BROKEN:
-            self._hung_up = True
-        elif event in (SUCCEEDED, REFUSED):  # of clients that are refused, the ZAP thread tells
+            self._is_broken = True
+        elif event in (SUCCEEDED, REFUSED):  # the ZAP thread tells of those that are refused
             self._unfinished.clear()
         elif event == DISCONNECTED:
             self._handle_end(value)
 
     def _handle_end(self, descriptor: int) -> None:
-        client = self._clients.pop(descriptor, None)
-        # A socket of the wrong type often ends without any other event.
-        hung_up = self._hung_up or descriptor in self._unfinished
-        if client and self._reason:
-            notice = not_through(client.address, self._reason)
-            self.notices.report(client.address, notice)
-        # libzmq reports no handshake of ZMTP 1 and 2, and its end as a failed one.
-        elif client and hung_up and time.monotonic() < client.accepted_at + HANDSHAKE_TIME:
-            self.notices.report_hanging_up(client.address, client.accepted_at)
+        connection = self._open.pop(descriptor, None)
+        if connection:
+            # A socket of the wrong type often ends without any other event.
+            hung_up = self._is_broken or descriptor in self._unfinished
+            # libzmq says of ZMTP 1 and 2 only that a handshake has failed, when all is over.
+            is_over = time.monotonic() >= connection.accepted_at + HANDSHAKE_TIME
+            if self._reason:
+                notice = not_through(connection.address, self._reason)
+                self.notices.report(connection.address, notice)
+            elif hung_up and not is_over:
+                self.notices.report_hanging_up(connection.address, connection.accepted_at)
         self._unfinished.discard(descriptor)
         self._reason = ""
-        self._hung_up = False
+        self._is_broken = False
 
     def _describe(self, error: int) -> str:
         """Return in words what is wrong with a handshake, by libzmq's number."""

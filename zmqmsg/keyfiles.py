@@ -1,4 +1,4 @@
-"""CURVE key files, as pyzmq and CZMQ have them: load, create, and what is wrong with one."""
+"""CURVE key files, in the format of pyzmq and CZMQ: load, create, and what is wrong with one."""
 
 import codecs
 import errno
@@ -18,7 +18,7 @@ from zmqmsg.notices import notify
 from zmqmsg.system import is_read_only, others_may_read
 
 SIZE_LIMIT = 65536  # bytes of a key file
-NO_KEY = b"0" * 40  # 32 zero bytes: of a program that was never given a key
+NO_KEY = b"0" * 40  # 32 zero bytes: from a program that never set its key
 SECRET_MODE, PUBLIC_MODE = 0o600, 0o644
 PUBLIC_LINE = 'public-key = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"'
 SECRET_LINE = 'secret-key = "..." (with 40 characters)'

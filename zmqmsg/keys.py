@@ -38,7 +38,7 @@ def looks_like_key(text: str) -> bool:
 
 
 class Keys(NamedTuple):
-    """The paths of the key files that a command was given."""
+    """The key files that a command was given, as paths."""
 
     key: str | None  # this end's secret key file
     server_key: str | None  # the public key file of the server that is connected to

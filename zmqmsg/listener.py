@@ -48,8 +48,8 @@ def bound(socket: Socket, endpoint: str, stop: Stop) -> Iterator[str]:
 def find_addresses(endpoint: str, stop: Stop) -> list[str]:
     """Return the endpoints, with addresses in numbers, that ``endpoint`` stands for.
 
-    libzmq would block on a name server, and then a signal would not end us. It knows the names of
-    interfaces by itself. Raises Failure or StopRequested.
+    libzmq would block on a name server, and then a signal would not end us. The names of interfaces
+    are left to libzmq. Raises Failure or StopRequested.
     """
     host, port = split_endpoint(endpoint)
     if not is_named(endpoint) or is_interface(host):

@@ -1,4 +1,4 @@
-"""What the name in an endpoint stands for: addresses in numbers. Does not import zmq."""
+"""Resolves the names in endpoints to numeric addresses. Does not import zmq."""
 
 import errno
 import re
@@ -39,7 +39,7 @@ def is_interface(name: str) -> bool:
 def resolve(endpoint: str) -> list[Address]:
     """Return the addresses that ``endpoint`` may mean, IPv4 first. May take long.
 
-    Raises OSError, or UnicodeError for what cannot be a name.
+    Raises OSError, or UnicodeError for a name that is not valid.
     """
     import socket
 
@@ -57,7 +57,10 @@ def resolve(endpoint: str) -> list[Address]:
 
 
 def resolve_to_endpoints(endpoint: str) -> Iterator[list[str]]:
-    """Yield, once, the endpoints with numbers that ``endpoint`` stands for; none if it fails."""
+    """Yield the endpoints with numeric addresses that ``endpoint`` stands for; none if that fails.
+
+    It yields once, so that it can run as a Background.
+    """
     addresses: list[Address] = []
     with suppress(OSError, UnicodeError):
         addresses = resolve(endpoint)

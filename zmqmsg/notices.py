@@ -101,9 +101,8 @@ def format_notice(text: str, colour: str) -> str:
     return f"{prefix} {escape_line(text)}\n"
 
 
-def unbuffered(stream: IO[str] | None) -> Any:
-    """Return the raw stream below ``stream``; None if it was closed when the process started."""
-    # Descriptors 0 to 2 are not used directly: libzmq may have reused one that was closed.
+def unbuffered(stream: IO[str]) -> Any:
+    """Return the raw stream below ``stream``."""
     buffer = getattr(stream, "buffer", stream)
     return getattr(buffer, "raw", buffer)
 

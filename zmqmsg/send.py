@@ -24,7 +24,7 @@ from zmqmsg.system import raise_descriptor_limit, yield_processor
 # Looks for a reply before going to sleep, which takes longer than a fast reply: they save 40 % of a
 # round trip.
 SPINS = 50
-BRIEF_TIMEOUT = 5.0  # seconds up to which the last line says all: notices on the way are left out
+BRIEF_TIMEOUT = 5.0  # seconds; with shorter ones, the last line is told soon enough
 OVERSLEPT = 0.1  # seconds past a deadline that mean that the process was stopped meanwhile
 MANY_ENDPOINTS = 10  # each takes four file descriptors or more
 SMALL_FRAME = 512  # bytes; every server accepts frames of this size
@@ -94,7 +94,7 @@ class Reply(NamedTuple):
 
 
 class Times:
-    """What --verbose says of replies: a line for each, and a summary at the end, as ping has."""
+    """What --verbose says of replies: a line for each, and a summary at the end, like ping's."""
 
     def __init__(self) -> None:
         self._count = 0
@@ -167,22 +167,24 @@ class ReplyRejected(AttemptEnded):
 
 
 class Deadline:
-    """When an attempt ends.
-
-    If the process was stopped at that time, so was libzmq's thread: once, it gets a moment more.
-    """
+    """When an attempt ends."""
 
     def __init__(self, seconds: float) -> None:
         """``seconds``: from now on; may be infinite."""
         self.at = time.monotonic() + seconds
-        self._was_moved = False
+        self._was_extended = False
 
     def is_over(self) -> bool:
-        """Return whether the attempt is to end now."""
+        """Return whether the attempt is to end now.
+
+        A process that was stopped, or a computer that slept, finds the deadline long past. libzmq's
+        thread has not run either, so it gets a moment more, once in an attempt.
+        """
         now = time.monotonic()
-        if now >= self.at + OVERSLEPT and not self._was_moved:
+        was_suspended = now >= self.at + OVERSLEPT
+        if was_suspended and not self._was_extended:
             self.at = now + OVERSLEPT
-            self._was_moved = True
+            self._was_extended = True
         return now >= self.at
 
 
@@ -191,8 +193,8 @@ class Client:
 
     Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, N
     times at most. Here an attempt also ends as soon as the connection does, so that a server that
-    died is noticed without any limit. Only a ``timeout`` helps where a malformed request has made a
-    REP socket drop its next reply, ours (libzmq's rep.cpp).
+    died is noticed without any limit. Where a malformed request of somebody else has made a REP
+    socket drop its next reply, which may be ours (libzmq's rep.cpp), only a ``timeout`` helps.
     """
 
     def __init__(
@@ -209,7 +211,7 @@ class Client:
         ``retries``: further attempts for each request. ``verbose``: say what is waited for even if
         that is soon over.
         """
-        self._peers = list(peers)  # the one that was asked last is the last one
+        self._peers = list(peers)  # in the order in which they are asked
         self._output = output
         self._timeout = timeout
         self._retries = retries
@@ -234,7 +236,7 @@ class Client:
                     raise self._failure(frames, ends, time.monotonic() - started) from None
                 notify(f"{end}; retrying ({len(ends)} of {self._retries})")
             except Failure as failure:
-                raise NoReply(failure.message) if self._sent else failure from None
+                raise self._error(failure.message) from None
             except MemoryError:
                 raise self._error("out of memory") from None
 
@@ -283,9 +285,10 @@ class Client:
                 raise self._error("standard output is closed") if self._sent else reader_gone()
             ready = update_all(self._peers, needed=True)
             if ready:
-                self._peers.remove(ready[0])
-                self._peers.append(ready[0])
-                return ready[0]
+                chosen = ready[0]
+                self._peers.remove(chosen)
+                self._peers.append(chosen)
+                return chosen
             if deadline.is_over():
                 endpoints = ", ".join(peer.endpoint for peer in self._peers)
                 reasons = "; ".join(dict.fromkeys(peer.finding.reason for peer in self._peers))
@@ -306,14 +309,13 @@ class Client:
         while True:
             poll([peer], [link.socket], min(deadline.at, notice_at))
             link.read_events()
-            # Before the look into the socket: a reply may have come just before the end.
-            has_ended = link.ended
+            had_ended = link.ended  # read first: a reply may have come just before the end
             if reply := receive(link.socket):
                 return reply
-            if has_ended:
+            if had_ended:
+                seconds = time.monotonic() - sent_at
                 if link.was_ended_by_us():
                     raise ReplyRejected(peer.endpoint)
-                seconds = time.monotonic() - sent_at
                 raise ConnectionLost(f"connection to {peer.endpoint} lost", seconds)
             if deadline.is_over():
                 raise TimedOut(f"no reply from {peer.endpoint} within {self._timeout:g} s")

@@ -23,10 +23,11 @@ from zmqmsg.sockets import Context, Secure, Socket, open_socket, receive, send, 
 from zmqmsg.stopping import ANSWER_LIMIT, STOPPING, Guard
 from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 
-# To wait for a request in recv takes one system call, and in a poll six.
+# A server that only binds waits for so long in receive() before it polls: a wait there takes one
+# system call, and a poll six.
 RECEIVE_WAIT_MS = 20
-# While stopping, there is nothing left to answer if nothing comes for as long: libzmq moves
-# messages from a connection to the socket, 16 at a time, on a thread of its own.
+# While stopping, there is nothing left to answer if nothing comes for this long. libzmq moves
+# messages from a connection to the socket on a thread of its own, 16 at a time.
 LAST_WAIT_MS = 20
 
 
@@ -158,14 +159,15 @@ class Server:
         """Answer what comes to REP sockets, ``listeners`` and those of ``peers``.
 
         When it is time to stop, what has already arrived is answered: nobody else can do it. Raises
-        Failure if there is nothing left to serve, if there can be no more replies, or if a request
-        cannot be printed or was left unanswered.
+        Failure if there is nothing left to serve, if there can be no more replies, if a request
+        cannot be printed, or if some still wait when the time for answers is over.
         """
         try:
             with self._answer:
                 self._answer_all(listeners, peers)
         except Unanswered as unanswered:
-            # Our own clients see the connection end, and ask again.
+            # Whoever signalled our command meant us as well, so this is an end as ordered: status
+            # 0. Clients such as zmqmsg send see the connection end, and ask again.
             notify(str(unanswered), "yellow")
         if self._print_failure:
             unprinted = ""
@@ -184,7 +186,7 @@ class Server:
                 update_all(peers, needed=not listeners)
                 sockets = [*listeners, *(peer.link.socket for peer in peers)]
             if self._answer_each(sockets):
-                if stop.is_requested and stop.has_lasted(ANSWER_LIMIT):
+                if stop.is_requested and self._is_late():
                     self._fail_for_waiting(sockets)
                     return
             elif stop.is_requested:
@@ -197,19 +199,24 @@ class Server:
     def _check_reader(self, pipe: Output) -> None:
         """Take no further request if nobody would read it."""
         if not self._print_failure and pipe.is_abandoned():
-            self._stop_printing("standard output is closed")
+            self._stop_printing("standard output is closed", unprinted=0)
 
     def _answer_each(self, sockets: Sequence[Socket]) -> bool:
         """Answer one request from each of ``sockets``; return whether there was any."""
+        stop = self._guard.stop
         any_came = False
         for socket in sockets:
             request = receive(socket)
             if request:
                 self._serve(request, socket)
                 any_came = True
-                if self.served == self._count:
+                if self.served == self._count or (stop.is_requested and self._is_late()):
                     break
         return any_came
+
+    def _is_late(self) -> bool:
+        """Return whether the time for answers is over."""
+        return self._guard.stop.has_lasted(ANSWER_LIMIT)
 
     def _serve(self, request: Frames, socket: Socket) -> None:
         """Answer one request, print it, and tell of it."""
@@ -229,14 +236,13 @@ class Server:
         try:
             output.write(frames)
         except BrokenPipeError:
-            self._unprinted = 1
-            self._stop_printing("standard output is closed")
+            self._stop_printing("standard output is closed", unprinted=1)
         except Failure as error:
-            self._unprinted = 1
-            self._stop_printing(str(error))
+            self._stop_printing(str(error), unprinted=1)
 
-    def _stop_printing(self, reason: str) -> None:
+    def _stop_printing(self, reason: str, *, unprinted: int) -> None:
         self._print_failure = reason
+        self._unprinted = unprinted
         self._guard.stop.request()
 
     def _report(self, request: Frames, reply: Frames, socket: Socket, seconds: float) -> None:

@@ -13,11 +13,11 @@ Socket = zmq.Socket[bytes]
 Context = zmq.Context[Socket]
 Secure = Callable[[Socket], object]  # gives a socket its CURVE keys
 
-# After so long libzmq may connect again by itself. Its own "never" (-1) would throw away a reply
-# that came just before the end of the connection.
+# The delay before libzmq connects again by itself: 24 days, so in practice never. Its own "never",
+# -1, would throw away a reply that came just before the end of the connection.
 NO_RECONNECT_MS = 2**31 - 1
-# A client whose key cannot be checked now waits for as long. With 5 s, CURVE fails where a round
-# trip takes 1.5 s.
+# The time for a handshake, and so how long a client waits whose key cannot be checked just now.
+# With 5 s, CURVE fails where a round trip takes 1.5 s.
 HANDSHAKE_LIMIT_MS = 10_000
 # Messages that libzmq receives ahead from each peer, so that none can fill the memory. With 8, a
 # stream of small messages takes 5 % longer; with 1, a CURVE server with a ZAP handler receives
@@ -37,7 +37,7 @@ BACKLOG = 1024
 
 ADDRESS_IN_USE = "address in use; stop the server there, or choose another address"
 NOT_HERE = "this machine has no such address or interface"
-# libzmq's own numbers: on Windows they are not those of Python's errno.
+# By errors of zmq. On Windows, libzmq's EADDRINUSE and EADDRNOTAVAIL are not those of errno.
 _REASONS = {
     int(zmq.EADDRINUSE): ADDRESS_IN_USE,
     int(zmq.EADDRNOTAVAIL): "this machine has no such address",

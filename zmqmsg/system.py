@@ -1,6 +1,6 @@
 """What differs between Linux, macOS and Windows. The rest of the program never asks where it runs.
 
-Each name is documented once, by its meaning. How a system provides it stands below that.
+Each name is documented once, by its meaning, whatever the system.
 """
 
 import errno
@@ -46,7 +46,7 @@ HAS_CONNECTION_TIMEOUT = not WINDOWS
 
 # Limits
 
-# The errors of a lack of file descriptors, threads or memory, which may be over soon.
+# Errors when file descriptors, threads or memory run short, which may be over soon.
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 # Limits of file descriptors to ask for; some versions of macOS accept only the second.
 DESCRIPTOR_LIMITS = (65536, 10240)
@@ -170,7 +170,7 @@ def watch_for_errors(descriptors: Sequence[int]) -> Callable[[], bool]:
 
 
 def start_thread(function: Callable[[], object]) -> "Thread":
-    """Start a daemon thread; raise OSError, as for anything else that is short.
+    """Start a daemon thread; raise OSError, as for other shortages, if there are too many.
 
     Python itself raises RuntimeError.
     """
@@ -255,5 +255,5 @@ def reap_orphans(children: Collection[int]) -> None:
         with suppress(ChildProcessError):
             while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if ended.si_pid in children:
-                    return
+                    return  # what ended after it is seen once it is waited for
                 os.waitpid(ended.si_pid, 0)
