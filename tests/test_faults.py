@@ -35,11 +35,14 @@ class Faults:
             target.sendall(data)
             return
         kind = self._random.choice(self._kinds)
-        place = self._random.randrange(len(data))
-        if kind in self.KINDS_WITH_CURVE[len(self.KINDS) :]:
-            # In what is encrypted of the last frame. A damaged length may be too large a frame.
-            place = self._random.randrange(max(0, len(data) - 16), max(1, len(data) - 1))
         self.done[kind] += 1
+        if kind in self.KINDS:
+            self._disturb(kind, data, target)
+        else:
+            target.sendall(self._damage(kind, data))
+
+    def _disturb(self, kind: str, data: bytes, target: socket.socket) -> None:
+        """Disturb the connection; what is passed on of ``data`` is right."""
         match kind:
             case "cut":
                 raise ConnectionAbortedError
@@ -49,7 +52,7 @@ class Faults:
                 target.close()
                 raise ConnectionResetError
             case "truncate":
-                target.sendall(data[:place])
+                target.sendall(data[: self._random.randrange(len(data))])
                 raise ConnectionAbortedError
             case "half-close":
                 target.shutdown(socket.SHUT_WR)
@@ -59,16 +62,19 @@ class Faults:
             case "split":
                 for number in range(len(data)):
                     target.sendall(data[number : number + 1])
+
+    def _damage(self, kind: str, data: bytes) -> bytes:
+        """Return ``data`` with a byte changed, doubled or lost."""
+        # In what is encrypted of the last frame: a damaged length may be too large a frame.
+        place = self._random.randrange(max(0, len(data) - 16), max(1, len(data) - 1))
+        before, damaged, after = data[:place], data[place], data[place + 1 :]
+        match kind:
             case "flip a bit":
-                target.sendall(
-                    data[:place]
-                    + bytes([data[place] ^ 1 << self._random.randrange(8)])
-                    + data[place + 1 :]
-                )
+                return before + bytes([damaged ^ 1 << self._random.randrange(8)]) + after
             case "duplicate a byte":
-                target.sendall(data[: place + 1] + data[place:])
-            case "drop a byte":
-                target.sendall(data[:place] + data[place + 1 :])
+                return before + bytes([damaged, damaged]) + after
+            case _:
+                return before + after
 
 
 @pytest.fixture(params=["NULL", "CURVE"])
