@@ -90,7 +90,7 @@ def test_send_reads_and_prints_quoted_lines(
     context: Context, start: Start, tmp_path: Path, end: bytes
 ) -> None:
     server, endpoint = open_server(context, zmq.REP)
-    lines = [rb"one" + b"\t\t" + rb"t\two\\", b"", rb"\x41\xfF\x00", b"raw \xff\r", b"last"]
+    lines = [rb"one" + b"\t\t" + rb"t\two\\", b"", rb"\x41\xfF\x00", b"raw \xff\r!", b"last"]
     (tmp_path / "lines").write_bytes(b"\n".join(lines) + end)
     with (tmp_path / "lines").open("rb") as file:
         sender = start("send", "-Q", "--connect", endpoint, stdin=file)
@@ -98,7 +98,7 @@ def test_send_reads_and_prints_quoted_lines(
         [b"one", b"", b"t\two\\"],
         [b""],
         [b"A\xff\0"],
-        [b"raw \xff\r"],
+        [b"raw \xff\r!"],
         [b"last"],
     ]
     status, output, _ = sender.finish()
