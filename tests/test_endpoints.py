@@ -85,7 +85,7 @@ EXAMPLE = "for example tcp://127.0.0.1:5555"
         ("tcp:/localhost:5555", "neither tcp", "write tcp://localhost:5555"),
         ("tcp://::1:5555", "IPv6 in brackets", "write tcp://[::1]:5555"),
         ("tcp://127.0.0.1:5555\n", "cannot be printed", "write tcp://127.0.0.1:5555"),
-        ("tcp://münchen.de:5555", "other characters", "write tcp://xn--mnchen-3ya.de:5555"),
+        ("tcp://münchen.de:5555", "characters in its name", "write tcp://xn--mnchen-3ya.de:5555"),
         ("tcp://[fe80::77]:5555", "name of its interface", "write tcp://[fe80::77%eth0]:5555"),
         pytest.param("/tmp/a.sock", "neither tcp", "write ipc:///tmp/a.sock", marks=POSIX),
     ],

@@ -33,6 +33,7 @@ from conftest import (
     listening,
     open_server,
     relay,
+    shell,
     until,
 )
 from zmtp import OTHER_PROTOCOLS, Talk, command, echo_as_zmtp_1, echo_as_zmtp_2, greeting, say
@@ -465,12 +466,34 @@ def test_an_endpoint_that_becomes_bad_harms_no_good_one(
 
 
 @POSIX
-def test_there_may_be_more_endpoints_than_libzmq_has_sockets(
-    echo: str, send: Send, tmp_path: Path
+@pytest.mark.parametrize(
+    ("count", "soft_limit", "hard_limit"),
+    [
+        pytest.param(100, 200, 1024, id="than the usual limit of macOS has descriptors"),
+        pytest.param(400, 1024, 2048, id="than libzmq has sockets"),
+    ],
+)
+def test_there_may_be_more_endpoints(
+    echo: str, send: Send, tmp_path: Path, count: int, soft_limit: int, hard_limit: int
 ) -> None:
-    nobody = connects(*(f"ipc://{tmp_path}/{number}" for number in range(400)))
-    done = send(*nobody, "--connect", echo, "hi")
+    import resource
+
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[1] < hard_limit:
+        pytest.skip(f"needs a hard limit of {hard_limit} file descriptors")
+    nobody = connects(*(f"ipc://{tmp_path}/{number}" for number in range(count)))
+    limited = shell(tmp_path, f'ulimit -S -n {soft_limit}; exec "$python" "$@"')
+    done = send(*nobody, "--connect", echo, "hi", **limited)
     assert (done.returncode, done.stdout) == (0, b"hi\n")
+
+
+@POSIX
+def test_too_many_endpoints_are_refused_with_what_helps(send: Send, tmp_path: Path) -> None:
+    nobody = connects(*(f"ipc://{tmp_path}/{number}" for number in range(400)))
+    limited = shell(tmp_path, 'ulimit -n 256; exec "$python" "$@"')
+    done = send(*nobody, "hi", **limited)
+    assert (done.returncode, done.stdout) == (1, b"")
+    reason = b"zmqmsg: cannot open a socket: Too many open files; raise the limit"
+    assert done.stderr.startswith(reason)
 
 
 # --verbose

@@ -64,7 +64,7 @@ def new_socket(context: Context, socket_type: int) -> Socket:
     try:
         socket = context.socket(socket_type)
     except zmq.ZMQError as error:
-        raise Failure(f"cannot open a socket: {zmq.strerror(error.errno or 0)}") from error
+        raise cannot_open(error) from error
     socket.linger = 0
     return socket
 
@@ -114,9 +114,17 @@ def open_monitor(socket: Socket, address: str, events: int) -> Socket:
         socket.monitor(address, events)
     except zmq.ZMQError as error:
         monitor.close()
-        raise Failure(f"cannot open a socket: {zmq.strerror(error.errno or 0)}") from error
+        raise cannot_open(error) from error
     monitor.connect(address)
     return monitor
+
+
+def cannot_open(error: zmq.ZMQError) -> Failure:
+    """Return the failure to open a socket, with what helps."""
+    text = f"cannot open a socket: {zmq.strerror(error.errno or 0)}"
+    if error.errno == errno.EMFILE:
+        text += "; raise the limit, for example with: ulimit -n 4096"
+    return Failure(text)
 
 
 def connect(socket: Socket, endpoint: str) -> None:
