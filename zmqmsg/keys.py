@@ -1,5 +1,6 @@
 """The CURVE keys of a command: which options go together, and what a socket gets of them."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,28 +14,49 @@ if TYPE_CHECKING:
     from zmqmsg.sockets import Socket
     from zmqmsg.zap import Admission
 
-# What keys look like: in Z85, hexadecimal and base64. A key of 32 bytes has 40 characters in Z85.
+# What keys look like. A key of 32 bytes has 40 characters in Z85.
 _Z85_CHARACTERS = r"0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-"
-_KEY_TEXT = re.compile(
-    rf"[{_Z85_CHARACTERS}]{{40}}|[0-9A-Fa-f]{{64}}|[0-9A-Za-z+/_-]{{43}}=|.*(secret|public)-key\s*=.*",
-    re.DOTALL,
-)
-# A key that lost or gained some characters; a path rarely has as many that are not word characters.
-_DAMAGED_KEY_TEXT = re.compile(rf"[{_Z85_CHARACTERS}]{{30,50}}")
+_Z85_KEY = re.compile(rf"[{_Z85_CHARACTERS}]{{40}}")
+_HEXADECIMAL_KEY = re.compile("[0-9A-Fa-f]{60,}")
+_BASE64_KEY = re.compile("[0-9A-Za-z+/_-]{43}=?")
+_KEY_LINE = re.compile(r"(secret|public)-key\s*=")
+_QUOTES = "\"'`\u2018\u2019\u201c\u201d"
+# A key with something before or after it, or one that has lost some characters: a path rarely has
+# as many that are not word characters.
+_Z85_RUN = re.compile(rf"[{_Z85_CHARACTERS}]{{30,}}")
 _UNUSUAL_IN_PATHS = re.compile(r"[:^!*?&<>()\[\]{}@%$#=+]")
-UNUSUAL_LIMIT = 4
-_CLEARLY_A_PATH = re.compile(r"[./~][\w./-]*")
+UNUSUAL_LIMIT = 3
+CAPITAL_LIMIT = 6  # a key in base64 has 17 capital letters on average
+# A path that begins like one, and has no unusual character: very few keys are like that.
+_CLEAR_PATH = re.compile(r"(/|\./|\.\./|~)[\w./-]*")
 
 
 def looks_like_key(text: str) -> bool:
-    """Return whether ``text``, which should be the path of a key file, may be a key itself."""
-    text = text.strip().strip("\"'")
-    if _CLEARLY_A_PATH.fullmatch(text):
-        return False
-    if _KEY_TEXT.fullmatch(text) or "\n" in text:
+    """Return whether ``text``, which should be something else, may be a key, or has one in it."""
+    bare = text.strip().strip(_QUOTES)
+    if _Z85_KEY.fullmatch(bare) or _HEXADECIMAL_KEY.search(bare) or _KEY_LINE.search(bare):
         return True
-    is_damaged = _DAMAGED_KEY_TEXT.fullmatch(text)
-    return bool(is_damaged) and len(_UNUSUAL_IN_PATHS.findall(text)) >= UNUSUAL_LIMIT
+    if _BASE64_KEY.fullmatch(bare):
+        capitals = [character for character in bare if character.isupper()]
+        return len(capitals) >= CAPITAL_LIMIT
+    return any(
+        len(_UNUSUAL_IN_PATHS.findall(run)) >= UNUSUAL_LIMIT for run in _Z85_RUN.findall(bare)
+    )
+
+
+def is_key_for_path(path: str) -> bool:
+    """Return whether ``path``, which should be that of a key file, is likely a key itself.
+
+    It is none if there is such a file. In a directory that exists, only the name counts.
+    """
+    if os.path.exists(path):
+        return False
+    directory, name = os.path.split(path)
+    if directory.strip("./") and os.path.isdir(directory):
+        return looks_like_key(name)
+    if _CLEAR_PATH.fullmatch(path):
+        return False
+    return "\n" in path or looks_like_key(path)
 
 
 class Keys(NamedTuple):
@@ -77,7 +99,8 @@ class Keys(NamedTuple):
     ) -> "CurveKeys":
         """Read all files, and create the key if it is missing; raise UsageError.
 
-        ``notify`` and ``client_notices`` give the notices of a server that checks its clients.
+        ``notify`` and ``client_notices`` give the notices of a server; they are needed if
+        ``client_keys`` are given.
         """
         # Only for CURVE: 5 ms.
         import zmq
@@ -90,7 +113,9 @@ class Keys(NamedTuple):
             with naming("--server-key"):
                 server_public = load_public_key(self.server_key)
         admission = None
-        if self.client_keys and notify and client_notices:
+        if self.client_keys:
+            assert notify
+            assert client_notices
             from zmqmsg.clientkeys import ClientKeys
             from zmqmsg.zap import Admission
 
@@ -101,7 +126,7 @@ class Keys(NamedTuple):
             with naming("--key"):
                 public, secret = load_key_pair(self.key)
         else:
-            public, secret = zmq.curve_keypair()  # of this run only
+            public, secret = zmq.curve_keypair()  # for this run only
         return CurveKeys(public, secret, server_public, admission)
 
 

@@ -33,16 +33,20 @@ class Form(NamedTuple):
         return cls(separator, terminator, quoted, cr_lf=LINES_END_WITH_CR_LF and not null)
 
     def strip_cr(self, line: bytes) -> bytes:
-        """Return ``line``, without its separator, also without a CR that belongs to its end."""
+        """Return ``line`` without the CR of a CR LF, if such ends are in use."""
         return line.removesuffix(b"\r") if self.cr_lf else line
 
     def decode(self, message: bytes) -> list[bytes]:
         """Return the frames of a message without its separator; raise ValueError for a bad one."""
         return unquote(message) if self.quoted else [message]
 
-    def decode_argument(self, argument: str) -> list[bytes]:
-        """Return the frames of a message on the command line; raise UsageError for a bad one."""
+    def decode_argument(self, argument: str, option: str = "") -> list[bytes]:
+        """Return the frames of a message on the command line; raise UsageError for a bad one.
+
+        ``option``: whose value it is, if it is none of the messages to send.
+        """
         try:
             return self.decode(os.fsencode(argument))
         except ValueError as error:
-            raise click.UsageError(f"in '{argument}': {error}") from error
+            place = f"{option}: in" if option else "in"
+            raise click.UsageError(f"{place} '{argument}': {error}") from error

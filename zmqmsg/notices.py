@@ -17,6 +17,7 @@ from zmqmsg.system import HAS_COLOURS, start_thread
 
 NOTICE_DELAY = 1.0  # seconds of waiting before the user is told what for
 STALL_DELAY = 1.0  # seconds after which a write that has not returned counts as stalled
+REPEAT_INTERVAL = 60.0  # seconds in which the same notice is given once
 QUEUE_LIMIT = 100  # notices that wait to be written; further ones are dropped
 FINISH_LIMIT = 1.0  # seconds to wait at the end for notices to be written
 

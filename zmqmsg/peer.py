@@ -17,7 +17,7 @@ from zmqmsg.background import Background
 from zmqmsg.diagnosis import Expected, Finding, diagnose
 from zmqmsg.link import Link
 from zmqmsg.names import is_named, resolve_to_endpoints
-from zmqmsg.notices import NOTICE_DELAY, Failure, notify
+from zmqmsg.notices import NOTICE_DELAY, REPEAT_INTERVAL, Failure, notify
 from zmqmsg.prober import PROBE_DELAY, Prober
 from zmqmsg.sockets import Socket
 
@@ -88,6 +88,7 @@ class Peer:
         self._waiting_since = self._found_at
         self._handshake_finding: Finding | None = None  # how the last handshake failed
         self._last_notice = ""
+        self._told_at: dict[str, float] = {}  # when each notice was given
         self._address = self.endpoint  # that is being connected to, with numbers for names
         self._prober = Prober(partial(diagnose, self.endpoint, expected), self._probe_delay)
         self._tries = self._try_addresses(first_try_at)
@@ -120,7 +121,10 @@ class Peer:
             self._begin_wait(old.connected_at + CONNECT_INTERVAL)
 
     def tell(self, now: float) -> None:
-        """Tell the user of a wait that lasts, and again when the reason is another one."""
+        """Tell the user of a wait that lasts, and again when the reason is another one.
+
+        Reasons that alternate, as those of several addresses, are told once a minute.
+        """
         if self.ready or self._brief or self.finding == NO_ANSWER:
             return
         if now < self._waiting_since + NOTICE_DELAY:
@@ -129,8 +133,10 @@ class Peer:
         if is_passing_state and now < self._found_at + SETTLE_DELAY:
             return
         notice = f"waiting for {self.endpoint}: {self.finding.reason}"
-        if notice != self._last_notice:
+        told_at = self._told_at.get(notice, -math.inf)
+        if notice != self._last_notice and now >= told_at + REPEAT_INTERVAL:
             notify(notice)
+            self._told_at[notice] = now
             self._last_notice = notice
 
     def pause(self, now: float) -> float:

@@ -4,9 +4,8 @@ import math
 import time
 from typing import NamedTuple
 
-from zmqmsg.notices import Notify
+from zmqmsg.notices import REPEAT_INTERVAL, Notify
 
-REPEAT_INTERVAL = 60.0  # seconds in which the same notice is given once
 CLIENT_LIMIT = 20  # notices within REPEAT_INTERVAL
 EXCUSE_TIME = 2.0  # seconds that a client which hung up has to come back and be served
 UNIX_CLIENT = "a Unix socket"  # the address of clients whose process is not known

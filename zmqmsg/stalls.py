@@ -3,9 +3,7 @@
 import time
 from typing import NamedTuple
 
-from zmqmsg.notices import Notify
-
-REPEAT_INTERVAL = 60.0  # seconds in which the same notice is given once
+from zmqmsg.notices import REPEAT_INTERVAL, Notify
 
 
 class Given(NamedTuple):
