@@ -79,7 +79,7 @@ def end_at_once_by_default() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
     if os.getpid() == 1:
-        # In a container without an init. The kernel drops what has the default action.
+        # In a container without an init: there, the kernel ignores signals without a handler.
         for number in (signal.SIGINT, signal.SIGTERM):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, lambda number, _frame: os._exit(128 + number))

@@ -2,8 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import NamedTuple, Self
 
 import click
@@ -45,7 +44,7 @@ LINES_IN_REQUEST = (
 FRAMES_JOINED = (
     "frames are joined for the command; --quoted keeps them apart, if it reads quoted lines"
 )
-NOT_ANSWERED = "1 request was received and not answered"
+NOT_ANSWERED = "1 request was received and not answered, nor any behind it"
 
 
 class Unanswered(Exception):
@@ -75,7 +74,10 @@ class Answer:
         return request if self._frames is None else self._frames
 
     def check(self) -> None:
-        """Raise Failure, or Unanswered after a signal, if there can be no more replies."""
+        """Raise Failure, or Unanswered after a signal, if there can be no more replies.
+
+        A server without requests calls this at least once a second.
+        """
 
 
 class AnswerOptions(NamedTuple):
@@ -121,8 +123,14 @@ class CommandAnswer(Answer):
     our process group, do not reach it.
     """
 
-    def __init__(self, command: str, form: Form, max_size: int, guard: Guard) -> None:
-        """Use the shell command ``command``; its replies have ``max_size`` bytes at most."""
+    def __init__(
+        self, command: str, form: Form, max_size: int, guard: Guard, *, prints_lines: bool
+    ) -> None:
+        """Use the shell command ``command``.
+
+        ``max_size``: bytes that a reply may have. ``prints_lines``: whether a reply is a line,
+        whose end is not counted.
+        """
         import subprocess  # noqa: F401  (now, while there are descriptors)
 
         self._command = command
@@ -130,14 +138,9 @@ class CommandAnswer(Answer):
         self._guard = guard
         # Bytes that the command may print for a reply
         self._output_limit = max_size * ESCAPE_SIZE if form.quoted else max_size
+        if prints_lines:
+            self._output_limit += form.end_size
         keep_exit_statuses()
-
-    def _allow_end_of_line(self) -> None:
-        """Let each reply be a line, whose end does not count."""
-        end_size = len(self._form.separator)
-        if self._form.cr_lf:
-            end_size += 1
-        self._output_limit += end_size
 
     def _start(self, environment: dict[str, str], unanswered: str) -> Program:
         """Start the command as soon as that is possible.
@@ -159,25 +162,13 @@ class CommandAnswer(Answer):
                 if self._guard.stop.wait(START_INTERVAL):
                     raise Unanswered(unanswered) from None
 
-    @contextmanager
-    def _telling_if_slow(self, notice: str, seconds: float, unfinished: str) -> Iterator[None]:
-        """Give ``notice`` after ``seconds``, and have ``unfinished`` told if serve must end."""
-        self._guard.unfinished = unfinished
-        self._guard.stalls.expect(notice, seconds)
-        try:
-            yield
-        finally:
-            self._guard.stalls.withdraw(notice)
-            self._guard.unfinished = ""
-
     def _was_stopped_with_us(self, status: int) -> bool:
-        """Return whether a command that ended with ``status`` was killed because we stop.
-
-        A signal to a group of processes may reach us a moment later than the command.
-        """
+        """Return whether a command that ended with ``status`` was killed because we stop."""
         number = killing_signal(status)
-        delay = SIGNAL_DELAY if number in STOP_SIGNALS else 0
-        return number > 0 and self._guard.stop.wait(delay)
+        if not number:
+            return False
+        # A signal to a whole group may reach the command a moment before us.
+        return self._guard.stop.wait(SIGNAL_DELAY if number in STOP_SIGNALS else 0)
 
     def _encode(self, request: Frames) -> bytes:
         """Return a request as the command reads it, without its end."""
@@ -188,8 +179,8 @@ class CommandAnswer(Answer):
             self._guard.stalls.notify(FRAMES_JOINED)
         return b"".join(frames)
 
-    def _decode(self, line: bytes, printed: bytes) -> Frames:
-        """Return the frames of the quoted ``line``, or all that was ``printed`` if it is none."""
+    def _decode(self, line: bytes, otherwise: bytes) -> Frames:
+        """Return the frames of the quoted ``line``; if it is none, those of ``otherwise``."""
         try:
             if b"\n" in line:
                 raise ValueError("more than one line")
@@ -199,7 +190,7 @@ class CommandAnswer(Answer):
                 f"the command did not print a quoted line: {error}; sending its output as it is",
                 "yellow",
             )
-            return [printed]
+            return [otherwise]
 
 
 class ExecAnswer(CommandAnswer):
@@ -209,9 +200,7 @@ class ExecAnswer(CommandAnswer):
     """
 
     def __init__(self, command: str, form: Form, max_size: int, guard: Guard) -> None:
-        super().__init__(command, form, max_size, guard)
-        if form.quoted:
-            self._allow_end_of_line()
+        super().__init__(command, form, max_size, guard, prints_lines=form.quoted)
 
     def reply_to(self, request: Frames, socket: Socket) -> Frames:
         data = self._encode(request)
@@ -221,8 +210,10 @@ class ExecAnswer(CommandAnswer):
             environment_for(request, socket),
             "the last request was not answered: its command could not be started",
         )
-        unfinished = f"{NOT_ANSWERED}: its command had not finished"
-        with self._telling_if_slow(RUNS_LONG, LONG_RUN, unfinished):
+        with (
+            self._guard.naming_loss(f"{NOT_ANSWERED}: its command had not finished"),
+            self._guard.stalls.expecting(RUNS_LONG, LONG_RUN),
+        ):
             printed, status = run_to_end(program, data)
         if program.fault == TOO_LONG:
             notify(f"the command {TOO_LONG}; its request got an empty reply", "red")
@@ -253,13 +244,11 @@ def run_to_end(program: Program, data: bytes) -> tuple[bytes, int]:
 class FilterAnswer(CommandAnswer):
     """Starts the command once, writes each request to it as a line, and reads each reply as one.
 
-    A line too many, or one that nobody asked for, is the end: replies can no longer be matched to
-    requests.
+    An extra line is fatal: replies can no longer be matched to requests.
     """
 
     def __init__(self, command: str, form: Form, max_size: int, guard: Guard) -> None:
-        super().__init__(command, form, max_size, guard)
-        self._allow_end_of_line()
+        super().__init__(command, form, max_size, guard, prints_lines=True)
 
     def __enter__(self) -> Self:
         """Start the command."""
@@ -268,7 +257,7 @@ class FilterAnswer(CommandAnswer):
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
-        """Let the command end by the end of its input, and kill what is left of it.
+        """Close the command's input, so that it can exit, and kill what is left of it.
 
         Raises Failure if it had to be killed, unless another error is on its way.
         """
@@ -277,9 +266,8 @@ class FilterAnswer(CommandAnswer):
             self._program.wait(FAILED_FILTER_LIMIT)
             self._program.kill()
             return
-        self._guard.unfinished = "the filter was killed: it had not ended"
-        has_ended = self._wait_for_end()
-        self._guard.unfinished = ""
+        with self._guard.naming_loss("the filter was killed: it had not ended"):
+            has_ended = self._wait_for_end()
         self._program.kill()
         if not has_ended:
             raise Failure(
@@ -305,8 +293,10 @@ class FilterAnswer(CommandAnswer):
             notify(LINES_IN_REQUEST, "yellow")
             return [b""]
         self._program.allow(self._output_limit)
-        unfinished = f"{NOT_ANSWERED}: the filter had not answered"
-        with self._telling_if_slow(SILENT, NOTICE_DELAY, unfinished):
+        with (
+            self._guard.naming_loss(f"{NOT_ANSWERED}: the filter had not answered"),
+            self._guard.stalls.expecting(SILENT, NOTICE_DELAY),
+        ):
             answer = self._exchange(line)
         answer = self._form.strip_cr(answer)
         return self._decode(answer, answer) if self._form.quoted else [answer]

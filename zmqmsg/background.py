@@ -12,8 +12,8 @@ from zmqmsg.system import start_thread
 class Background:
     """Runs an iterator in a daemon thread: a name server or a peer may take any time to answer.
 
-    Its thread sets ``latest`` and, at the very end, ``ended_at``; others only read them. What
-    ``latest`` is after ``is_over()`` was true is final.
+    Its thread sets ``latest`` and, at the very end, ``ended_at``; others only read them. Once
+    ``is_over()`` is true, ``latest`` is final.
     """
 
     def __init__(self, results: Iterator[Any]) -> None:

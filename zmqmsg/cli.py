@@ -173,11 +173,11 @@ def serve(
       2  wrong usage
     """
     # Not for --help and completion: they import zmq.
-    from zmqmsg import serve
     from zmqmsg.answers import AnswerOptions
+    from zmqmsg.serve import run
 
     with usage_of(ctx):
-        serve.run(
+        run(
             bind=bind,
             connect=connect,
             answer=AnswerOptions(reply, command, filter_command),
@@ -270,14 +270,14 @@ def send(
       2  wrong usage
       3  no reply; the current message was sent, or may have been
     """
-    from zmqmsg import send  # not for --help and completion: it imports zmq
+    from zmqmsg.send import run  # not for --help and completion: it imports zmq
 
     with usage_of(ctx):
         form = Form.choose(null=null, quoted=quoted, raw=raw)
         arguments = [form.decode_argument(message) for message in messages]
         if not connect:
             warn_of_endpoints(messages)
-        send.run(
+        run(
             connect=connect,
             source=Source(arguments, files, multipart, form),
             keys=Keys(key, server_key),

@@ -43,7 +43,7 @@ class ClientKeys:
         self._path = path
         self._is_directory = os.path.isdir(path)  # then it is an error if it disappears
         self._files: dict[str, KeyFile] = {}
-        self._paths: dict[bytes, str] = {}  # of each key
+        self._path_of_key: dict[bytes, str] = {}
         self._reported: set[KeyFile] = set()
         self._next_scan_at = -math.inf
         self._notify = notify_later
@@ -55,18 +55,18 @@ class ClientKeys:
             if file.fault:
                 notify(f"{file.fault}; it is ignored", "yellow")
                 self._reported.add(file)
-        if not self._paths:
+        if not self._path_of_key:
             notify(f"no client can connect until there is a public key in {path}", "yellow")
 
     def find(self, public: bytes) -> str | None:
         """Return the name of the unchanged file that holds ``public`` (Z85), or None."""
-        path = self._paths.get(public)
+        path = self._path_of_key.get(public)
         if not path or fingerprint_of(path) != self._files[path].fingerprint:
             return None
         return os.path.basename(path)
 
     def scan_if_due(self) -> None:
-        """Look at all files again, unless the last scan is too fresh; notify of what is wrong."""
+        """Look at all files again, unless the last scan is too recent; notify of what is wrong."""
         if time.monotonic() < self._next_scan_at:
             return
         last_error = self.error
@@ -91,7 +91,7 @@ class ClientKeys:
             files = {path: self._read(path) for path in self._list()}
         except OSError as error:
             self.error = error
-            self.scanned_at = -math.inf
+            self.scanned_at = -math.inf  # nobody is refused on the strength of an older scan
         else:
             self.error = None
             self.scanned_at = began_at
@@ -99,7 +99,9 @@ class ClientKeys:
             if files != self._files:
                 self.changed_at = began_at
                 self._files = files
-                self._paths = {file.public: path for path, file in files.items() if file.public}
+                self._path_of_key = {
+                    file.public: path for path, file in files.items() if file.public
+                }
         ended_at = time.monotonic()
         self._next_scan_at = ended_at + SCAN_SHARE * (ended_at - began_at)
 
@@ -128,7 +130,7 @@ class ClientKeys:
             return KeyFile(fingerprint, b"", str(error))
 
     def _report_faults(self, files: dict[str, KeyFile]) -> None:
-        """Notify of each file that held no key in the last scan either: it is not being written."""
+        """Notify of each file that held no key in two scans, and did not change in between."""
         for path, file in files.items():
             if file.fault and file == self._files.get(path) and file not in self._reported:
                 self._notify(f"{file.fault}; it is ignored", "yellow")

@@ -169,16 +169,22 @@ def greet(stream: Stream, expected: Expected) -> Iterator[Finding]:
         guess = "the server may be hung" if expected.was_ready else "wrong port, or a hung server?"
         yield Finding(f"{silent}; {guess}")
 
-    received = stream.read_at_least(1)
-    if received[:1] == SIGNATURE[:1]:
-        received = stream.read_at_least(len(SIGNATURE))
-        if received[9:10] == SIGNATURE[9:]:
-            yield from shake_hands(stream, expected)
-            return
+    if sends_signature(stream):
+        yield from shake_hands(stream, expected)
     elif speaks_zmtp_1(stream):
         yield judge_old_peer("ZMTP 1", "", expected)
-        return
-    yield Finding(f"it does not speak ZeroMQ; it says {abridge(stream.received)}", hopeless=True)
+    else:
+        said = abridge(stream.received)
+        yield Finding(f"it does not speak ZeroMQ; it says {said}", hopeless=True)
+
+
+def sends_signature(stream: Stream) -> bool:
+    """Return whether the peer begins with the signature of ZMTP 2 and later."""
+    first, last = SIGNATURE[:1], SIGNATURE[-1:]
+    if not stream.read_at_least(1).startswith(first):
+        return False
+    size = len(SIGNATURE)
+    return stream.read_at_least(size)[:size].endswith(last)  # what is between them may differ
 
 
 def speaks_zmtp_1(stream: Stream) -> bool:
@@ -188,7 +194,8 @@ def speaks_zmtp_1(stream: Stream) -> bool:
     more, as in the banner of an SSH server, is another protocol.
     """
     received = stream.read_at_least(1)
-    if received[1:2] not in (b"", b"\0"):
+    flags = received[1:2]  # nothing if they have not come yet
+    if received.startswith(SIGNATURE[:1]) or flags not in (b"", b"\0"):
         return False
     size = 1 + received[0]
     received = stream.read_at_least(size)

@@ -14,7 +14,7 @@ MAX_PORT = 65535
 _TCP = re.compile(
     r"tcp://"
     r"(?P<host>\*|[A-Za-z0-9][\w.%-]*|\[(?P<ipv6>[\w.:]+)(?P<scope>%[\w.-]+)?\])"
-    r":(?P<port>\*|\d+)",
+    r":(?P<port>\*|\d{1,9})",
     re.ASCII,
 )
 _LINK_LOCAL = re.compile("fe[89ab]", re.IGNORECASE)  # the first ten bits of fe80::/10
@@ -87,7 +87,7 @@ def suggest_endpoint(text: str, *, bind: bool) -> str:
 
 
 def guess_endpoints(text: str) -> Iterator[str]:
-    """Yield what ``text`` may mean; not all of it is an endpoint."""
+    """Yield what ``text`` may mean; the caller drops what is no endpoint."""
     scheme, separator, rest = text.partition("://")
     if not separator:  # for example 127.0.0.1:5555, tcp:127.0.0.1:5555 or tcp:/127.0.0.1:5555
         rest = re.sub("^(tcp|ipc):(?=.*[:/])", "", text, flags=re.IGNORECASE)

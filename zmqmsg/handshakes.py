@@ -70,9 +70,9 @@ class HandshakeWatch:
     def __init__(self, notices: ClientNotices, *, requires_keys: bool) -> None:
         self.notices = notices
         self._requires_keys = requires_keys
-        self._open: dict[int, Connection] = {}  # by descriptor
-        self._unfinished: set[int] = set()  # connections whose handshakes have not succeeded
-        # Of the connection that ends next:
+        self._connections: dict[int, Connection] = {}  # by descriptor
+        self._suspects: set[int] = set()  # those whose handshakes have not succeeded
+        # libzmq reports these just before the end of the connection that they belong to:
         self._reason = ""  # why its handshake has failed
         self._is_broken = False  # whether its client hung up during the handshake
 
@@ -80,30 +80,30 @@ class HandshakeWatch:
         """Note an event at the bound ``endpoint``; tell of a client if its connection ends."""
         if event == ACCEPTED:
             address = peer_address(value) or local_address(endpoint)
-            self._open[value] = Connection(address, time.monotonic())
-            self._unfinished.add(value)
+            self._connections[value] = Connection(address, time.monotonic())
+            self._suspects.add(value)
         elif event == WRONG:
             self._reason = self._describe(value)
         elif event == BROKEN:
             self._is_broken = True
         elif event in (SUCCEEDED, REFUSED):  # the ZAP thread tells of those that are refused
-            self._unfinished.clear()
+            self._suspects.clear()
         elif event == DISCONNECTED:
             self._handle_end(value)
 
     def _handle_end(self, descriptor: int) -> None:
-        connection = self._open.pop(descriptor, None)
+        connection = self._connections.pop(descriptor, None)
         if connection:
             # A socket of the wrong type often ends without any other event.
-            hung_up = self._is_broken or descriptor in self._unfinished
+            hung_up = self._is_broken or descriptor in self._suspects
             # libzmq says of ZMTP 1 and 2 only that a handshake has failed, when all is over.
-            is_over = time.monotonic() >= connection.accepted_at + HANDSHAKE_TIME
+            is_past = time.monotonic() >= connection.accepted_at + HANDSHAKE_TIME
             if self._reason:
                 notice = not_through(connection.address, self._reason)
                 self.notices.report(connection.address, notice)
-            elif hung_up and not is_over:
+            elif hung_up and not is_past:
                 self.notices.report_hanging_up(connection.address, connection.accepted_at)
-        self._unfinished.discard(descriptor)
+        self._suspects.discard(descriptor)
         self._reason = ""
         self._is_broken = False
 

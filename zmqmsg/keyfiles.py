@@ -54,7 +54,9 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
     public_file = public_path(path)
     # First: another process that creates both files now begins with the secret one.
     public_exists = os.path.lexists(public_file)
-    is_new = not os.path.exists(path) and create_secret_file(path, public_exists)
+    is_new = False
+    if not os.path.exists(path):
+        is_new = create_secret_file(path, public_exists)
     content = read_key_file(path)
     if content.is_bare:
         raise KeyFileError(
@@ -106,7 +108,9 @@ def read_key_file(path: str, *, fifo: bool = True) -> Content:
     if len(data) > SIZE_LIMIT:
         raise KeyFileError(f"{path} is not a CURVE key file: it is too large")
     text = without_byte_order_mark(data)
-    halves = dict(reversed(_HALF.findall(text)))  # of several, the first counts
+    halves: dict[bytes, bytes] = {}
+    for name, half in _HALF.findall(text):
+        halves.setdefault(name, half)
     is_bare = not halves
     if is_bare:
         halves = {b"public": text.rstrip(b"\0").strip()}

@@ -33,8 +33,8 @@ CURVE_FAILING = Finding(
 )
 NOT_LET_IN = Finding("it refused: the server does not let us in", hopeless=True)
 KEY_NOT_KNOWN = Finding("it refused: the server does not know this key", hopeless=True)
-# By statuses of ZAP, ZeroMQ's authentication protocol (RFC 27): a temporary error, an internal one.
-NOT_REFUSED_FOR_GOOD = {
+# By status of ZAP, ZeroMQ's authentication protocol (RFC 27): 300 temporary, 500 internal error.
+TEMPORARY_REFUSALS = {
     300: Finding("it refused for now: the server could not check who we are"),
     500: Finding("it refused: the server failed to check who we are"),
 }
@@ -82,7 +82,7 @@ class Link:
         """How the handshake has failed, if it has."""
         if self._zap_status:
             refused = KEY_NOT_KNOWN if self.uses_curve else NOT_LET_IN
-            return NOT_REFUSED_FOR_GOOD.get(self._zap_status, refused)
+            return TEMPORARY_REFUSALS.get(self._zap_status, refused)
         if self.ended and self.connected_at < math.inf and not self.handshake_done:
             return CURVE_FAILING if self.uses_curve else HANDSHAKE_FAILING
         return None
@@ -107,10 +107,10 @@ class Link:
                 self._zap_status = value
 
     def was_ended_by_us(self) -> bool:
-        """Return whether our side ended the connection, because of what came over it.
+        """Return whether libzmq closed the connection on our side, as it rejected what came.
 
-        libzmq says that it would connect again, or after a flipped bit that the handshake failed,
-        only if the peer hung up. If it says nothing for 0.1 s, we did.
+        If the peer closed it, libzmq reports CONNECT_RETRIED within 0.1 s, or HANDSHAKE_FAILED if a
+        bit was damaged.
         """
         end = time.monotonic() + RETRY_DELAY
         while not self._events & (CONNECT_RETRIED | HANDSHAKE_FAILED):
@@ -126,9 +126,9 @@ class Link:
         if self.socket.closed:
             return
         self.read_events()
-        # First; otherwise libzmq's I/O thread waits for ever to send an event of the closing to a
+        # Before monitor.close(): libzmq's I/O thread would wait for ever to report the closing to a
         # monitor that is gone.
         self.socket.disable_monitor()
         is_connected = self.connected_at < math.inf and not self.ended
-        self.socket.close(None if is_connected else 0)
+        self.socket.close(None if is_connected else 0)  # None: the linger that it was opened with
         self.monitor.close()

@@ -15,7 +15,7 @@ from zmqmsg.sockets import NOT_HERE, Socket, bind
 from zmqmsg.stopping import Stop
 from zmqmsg.system import UNIX_FAMILY, is_owned_by_another
 
-RESOLVE_LOOK = 0.02  # seconds between looks whether a name was resolved
+RESOLVE_INTERVAL = 0.02  # seconds between checks whether a name was resolved
 
 # How endpoints begin that only this machine can reach.
 LOCAL = ("tcp://127.", "tcp://[::1]", "ipc://")
@@ -41,6 +41,7 @@ def bound(socket: Socket, endpoint: str, stop: Stop) -> Iterator[str]:
         yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
     finally:
         with suppress(OSError):  # libzmq leaves the socket file behind
+            # Another server may have replaced it meanwhile.
             if path and os.lstat(path).st_ino == inode:
                 os.unlink(path)
 
@@ -61,7 +62,7 @@ def find_addresses(endpoint: str, stop: Stop) -> list[str]:
     name = endpoint if port != "*" else endpoint.removesuffix("*") + "0"
     resolver = Background(resolve_to_endpoints(name))
     while not resolver.is_over():
-        if stop.wait(RESOLVE_LOOK):
+        if stop.wait(RESOLVE_INTERVAL):
             raise StopRequested
     if not resolver.latest:
         raise Failure(f"cannot bind {endpoint}: {NOT_HERE}")

@@ -21,6 +21,11 @@ class Form(NamedTuple):
     quoted: bool
     cr_lf: bool  # whether a CR before the separator is not part of the message
 
+    @property
+    def end_size(self) -> int:
+        """The bytes of the end of a line."""
+        return len(self.separator) + (1 if self.cr_lf else 0)
+
     @classmethod
     def choose(cls, *, null: bool, quoted: bool, raw: bool) -> "Form":
         """Return the form that the options ask for; raise UsageError if they exclude each other."""

@@ -49,15 +49,15 @@ class StandardError(io.TextIOBase):
         """Write ``text`` from the main thread; return its length."""
         # The progress bar hides the cursor. A signal that ends the process would leave it hidden.
         text = HIDE_OR_SHOW_CURSOR.sub("", text)
-        if text == "\n" and not self._line_begun:  # click ends its bar, as a notice has done
+        if text == "\n" and not self._line_begun:  # click ends its bar; a notice did so already
             return len(text)
         self._writing_since = time.monotonic()
-        self.write_through(text)
+        self.write_from_any_thread(text)
         self._writing_since = math.inf
         self._line_begun = not text.endswith("\n")
         return len(text)
 
-    def write_through(self, text: str) -> None:
+    def write_from_any_thread(self, text: str) -> None:
         """Write ``text`` at once, from any thread."""
         encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
         with suppress(OSError):
@@ -127,7 +127,7 @@ class NoticeWriter:
 
         with suppress(Full):
             self._tasks.put_nowait(
-                lambda: standard_error.write_through(format_notice(text, colour))
+                lambda: standard_error.write_from_any_thread(format_notice(text, colour))
             )
 
     def finish(self) -> None:

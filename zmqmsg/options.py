@@ -21,8 +21,8 @@ MAX_SIZE = 1024 * UNITS["G"]
 class Option(click.Option):
     """An option that can come from an environment variable, which errors name.
 
-    An empty or blank variable is the option with an empty value; it turns a flag off. click ignores
-    such a variable, so that a missing secret would turn authentication off.
+    click ignores a blank variable, so that a missing secret would turn authentication off. Here it
+    is an empty value: an error for most types, and off for a flag.
     """
 
     def variable(self, ctx: click.Context) -> str:

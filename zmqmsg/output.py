@@ -40,8 +40,7 @@ class Output:
             if len(frames) == 1 and len(frames[0]) >= LARGE_FRAME:
                 write_all(self._stream, frames[0], terminator)
             else:
-                each_ended = terminator.join([*frames, b""])
-                write_all(self._stream, each_ended)
+                write_all(self._stream, terminator.join([*frames, b""]))  # it follows each frame
         except BrokenPipeError:
             raise
         except OSError as error:

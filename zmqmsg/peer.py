@@ -24,7 +24,7 @@ from zmqmsg.sockets import Socket
 # Times, in seconds
 # How long an address has to accept a connection: in the first pass over all addresses, the second,
 # and all others. With short limits, the next address is soon tried, and so is the same one after an
-# outage: the system itself repeats its first packet ever more rarely. Long ones reach far peers.
+# outage: the system itself repeats its first packet less and less often. Long ones reach far peers.
 CONNECT_LIMITS = (1.0, 3.0, 5.0)
 CONNECT_INTERVAL = 0.3  # at least, from the start of one pass to that of the next
 RESOLVE_INTERVAL = 1.0  # after a name could not be resolved, until it is tried again
@@ -32,7 +32,7 @@ RESOLVE_INTERVAL = 1.0  # after a name could not be resolved, until it is tried 
 # there is one per interval. A request that is sent into a connection which ended since the last
 # look counts as one that was sent.
 UPDATE_INTERVAL = 0.001
-SETTLE_DELAY = 0.5  # before the user is told of a state that a peer which has just started passes
+SETTLE_DELAY = 0.5  # that a transient state has to last before the user is told of it
 MIN_PAUSE, MAX_PAUSE = 0.002, 0.3  # between updates while the peer is not ready
 MAX_WAIT = 1.0  # of a poll
 
@@ -80,8 +80,9 @@ class Peer:
 
     def _begin_wait(self, first_try_at: float) -> None:
         """Set all that belongs to one wait for the peer; nothing of an earlier wait is left."""
-        wanted = ("REP", "ROUTER") if self.link.socket.type == zmq.REQ else ("DEALER", "REQ")
-        expected = Expected(wanted, self.link.uses_curve, self.was_ready)
+        is_req = self.link.socket.type == zmq.REQ
+        accepted_types = ("REP", "ROUTER") if is_req else ("DEALER", "REQ")
+        expected = Expected(accepted_types, self.link.uses_curve, self.was_ready)
         self.ready = False  # whether requests may be sent over the link
         self.finding = NO_ANSWER  # why not
         self._found_at = time.monotonic()  # when that was found
@@ -109,16 +110,19 @@ class Peer:
         return self.ready
 
     def renew(self) -> None:
-        """Start again with a new link.
+        """Replace the link by a new one, which is not connected yet: a link connects once.
 
-        A link connects once. To renew it takes back a request that lies in the old one.
+        A request that libzmq has not sent yet is dropped with the old link, and so is a late reply.
+        If the peer was ready, a new wait begins; otherwise the current one goes on.
         """
         old = self.link
-        old.close()
+        old.close()  # reads the last events, too
         self.link = Link(self._open_socket())
-        self._handshake_finding = old.handshake_finding or self._handshake_finding
+        if old.handshake_finding:
+            self._handshake_finding = old.handshake_finding
         if self.ready:
-            self._begin_wait(old.connected_at + CONNECT_INTERVAL)
+            # At once, unless the old connection lasted less than CONNECT_INTERVAL.
+            self._begin_wait(first_try_at=old.connected_at + CONNECT_INTERVAL)
 
     def tell(self, now: float) -> None:
         """Tell the user of a wait that lasts, and again when the reason is another one.
@@ -129,8 +133,8 @@ class Peer:
             return
         if now < self._waiting_since + NOTICE_DELAY:
             return
-        is_passing_state = self.finding == self._judge_link()
-        if is_passing_state and now < self._found_at + SETTLE_DELAY:
+        is_transient = self.finding == self._judge_link()
+        if is_transient and now < self._found_at + SETTLE_DELAY:
             return
         notice = f"waiting for {self.endpoint}: {self.finding.reason}"
         told_at = self._told_at.get(notice, -math.inf)
@@ -160,8 +164,9 @@ class Peer:
         next(self._tries)
         self._prober.update(now)
         if self._has_become_ready():
-            self._say_that_it_is_ready()
+            is_first = not self.was_ready
             self.ready = self.was_ready = True
+            self._announce_ready(is_first)
             return
         finding = self._judge()
         if finding != self.finding:
@@ -185,11 +190,12 @@ class Peer:
         self._address = address
         link = self.link
         link.connect(address, limit)
-        while link is self.link and not link.ended:
+        while link is self.link:
+            if link.ended:
+                self.renew()
+                return
             yield
-        was_renewed_by_others = link is not self.link
-        if not was_renewed_by_others:
-            self.renew()
+        # Here, the client has renewed the link at the end of an attempt.
 
     def _resolve(self) -> Steps[list[str]]:
         """Return the endpoints, with numeric addresses, that the endpoint stands for."""
@@ -211,13 +217,16 @@ class Peer:
         connected_at = self.link.connected_at
         return self.link.handshake_done or self._prober.has_found_old_peer_since(connected_at)
 
-    def _say_that_it_is_ready(self) -> None:
-        is_awaited = self._announce and not self.was_ready
-        if self._verbose or self._last_notice or is_awaited:
+    def _announce_ready(self, is_first: bool) -> None:
+        if self._verbose or self._last_notice or (self._announce and is_first):
             notify(f"connected to {self.endpoint}")
 
     def _judge(self) -> Finding:
-        """Return why the peer is not ready; what was asked of the peer comes first."""
+        """Return why the peer is not ready.
+
+        That is what the probe heard, or else how the last handshake failed, or else what the link
+        is doing. Before any probe has a result, it is NO_ANSWER.
+        """
         probed = self._prober.finding
         if probed and probed.reason:
             return probed

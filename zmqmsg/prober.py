@@ -17,8 +17,8 @@ class Prober:
     def __init__(self, diagnose: Callable[[], Iterator[Finding]], delay: float) -> None:
         """``diagnose``: begins a probe, which yields what it finds.
 
-        ``delay``: seconds before the first probe. What a probe has found by the way counts after
-        the same time: it is held up there.
+        ``delay``: seconds before the first probe. What a probe has found so far counts only after
+        the same time, when it is held up there; its last finding counts at once.
         """
         self.finding: Finding | None = None  # the last one that counts
         self._old_peer_probed_at = -math.inf  # when the probe began that found an old peer
@@ -27,9 +27,9 @@ class Prober:
         self._next_probe_at = time.monotonic() + delay
         self._probe: Background | None = None
 
-    def has_found_old_peer_since(self, time: float) -> bool:
-        """Return whether a probe that began after ``time`` has found a peer of ZMTP 1 or 2."""
-        return self._old_peer_probed_at > time
+    def has_found_old_peer_since(self, moment: float) -> bool:
+        """Return whether a probe that began after ``moment`` has found a peer of ZMTP 1 or 2."""
+        return self._old_peer_probed_at > moment
 
     def update(self, now: float) -> None:
         """Note what the probe has found, or begin one if that is due."""

@@ -16,9 +16,10 @@ TOO_LONG = "printed more than --max-size allows, and was stopped"
 class Program:
     """A shell command that runs. A thread reads its output, so that neither side blocks the other.
 
-    The command may print a limited number of bytes beyond what was taken; more ends it. The thread
-    counts what it reads, the main thread what it takes and allows. The thread sets ``fault`` before
-    it hands over the end of the output, so whoever finds that end knows whether it is complete.
+    The command may print a limited number of bytes beyond what was taken; more ends it.
+
+    The reading thread sets ``_bytes_read``, and ``fault`` before it hands over the end of the
+    output; the main thread sets ``_bytes_taken`` and ``_bytes_allowed``.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Program:
         chunk = self._chunks.get()
         self._bytes_taken += len(chunk)
         if not chunk:
-            self._chunks.put(chunk)  # for later calls
+            self._chunks.put(chunk)  # later calls find the end as well
         return chunk
 
     def wait(self, seconds: float | None = None) -> int | None:

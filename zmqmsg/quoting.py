@@ -23,6 +23,7 @@ def _escape_each_byte(code: int) -> str:
     return "".join(rf"\x{byte:02x}" for byte in chr(code).encode())
 
 
+# Translation tables, from code points to escapes; each adds to the one above.
 _HEX = {code: _escape_each_byte(code) for code in [*_CONTROLS, *_BIDIRECTIONAL]} | {
     _SURROGATES + byte: rf"\x{byte:02x}" for byte in range(0x80, 0x100)
 }

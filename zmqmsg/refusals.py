@@ -30,14 +30,16 @@ class ClientNotices:
         self._notify = notify
         self._lock = Lock()  # held for all that follows
         self._given: dict[str, float] = {}  # notices, and when they were given
-        self._explained: dict[str, float] = {}  # addresses served or told of, and when
+        self._settled: dict[str, float] = {}  # addresses served or told of, and when
         self._hung_up: dict[str, HungUp] = {}  # by address
         self._unknown_served_at = -math.inf  # when a client without an address was served
 
     def report(self, address: str, notice: str) -> None:
         """Give ``notice``, of a client at ``address``, unless it was given a short time ago."""
         with self._lock:
-            self._explained[address] = time.monotonic()
+            now = time.monotonic()
+            self._settled = drop_old(self._settled, now)
+            self._settled[address] = now
             self._give(notice)
 
     def report_hanging_up(self, address: str, accepted_at: float) -> None:
@@ -57,9 +59,9 @@ class ClientNotices:
             if not address:
                 self._unknown_served_at = time.monotonic()
             elif address.startswith("process "):
-                self._explained[UNIX_CLIENT] = time.monotonic()
+                self._settled[UNIX_CLIENT] = time.monotonic()
             else:
-                self._explained[address] = time.monotonic()
+                self._settled[address] = time.monotonic()
 
     def forget(self, notice: str) -> None:
         """Let ``notice`` be given again: its client has got through meanwhile."""
@@ -70,16 +72,16 @@ class ClientNotices:
         """Tell of the clients that hung up and did not come back."""
         now = time.monotonic()
         with self._lock:
-            self._explained = drop_old(self._explained, now)
+            self._settled = drop_old(self._settled, now)
             for address, client in tuple(self._hung_up.items()):
                 if now >= client.hung_up_at + EXCUSE_TIME:
                     del self._hung_up[address]
-                    if not self._is_explained(address, client):
+                    if not self._is_settled(address, client):
                         self._give(not_through(address, "it hung up during the handshake"))
 
-    def _is_explained(self, address: str, client: HungUp) -> bool:
-        explained_at = self._explained.get(address, -math.inf)
-        is_known = explained_at >= client.hung_up_at - EXCUSE_TIME
+    def _is_settled(self, address: str, client: HungUp) -> bool:
+        settled_at = self._settled.get(address, -math.inf)
+        is_known = settled_at >= client.hung_up_at - EXCUSE_TIME
         may_have_been_served = self._unknown_served_at >= client.accepted_at
         return is_known or may_have_been_served
 

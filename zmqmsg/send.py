@@ -24,7 +24,8 @@ from zmqmsg.system import raise_descriptor_limit, yield_processor
 # Looks for a reply before going to sleep, which takes longer than a fast reply: they save 40 % of a
 # round trip.
 SPINS = 50
-BRIEF_TIMEOUT = 5.0  # seconds; with shorter ones, the last line is told soon enough
+# Seconds; with such a timeout, the final error comes soon enough without notices of waiting.
+BRIEF_TIMEOUT = 5.0
 OVERSLEPT = 0.1  # seconds past a deadline that mean that the process was stopped meanwhile
 MANY_ENDPOINTS = 10  # each takes four file descriptors or more
 SMALL_FRAME = 512  # bytes; every server accepts frames of this size
@@ -58,12 +59,13 @@ def run(
     if len(endpoints) > MANY_ENDPOINTS:
         raise_descriptor_limit()
     open_req = partial(open_socket, share_context(), zmq.REQ, max_size=max_size, secure=secure)
+    is_brief = timeout <= BRIEF_TIMEOUT and not verbose
     new_peer = partial(
         Peer,
         open_socket=open_req,
         probe_delay=min(PROBE_DELAY, timeout / 4),  # so that an attempt ends with a finding
         verbose=verbose,
-        brief=timeout <= BRIEF_TIMEOUT and not verbose,
+        brief=is_brief,
     )
     output = Output(form)
     times = Times()
@@ -72,7 +74,7 @@ def run(
     count = 0
     with ExitStack() as stack:
         peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in endpoints]
-        client = Client(peers, output, timeout=timeout, retries=retries, verbose=verbose)
+        client = Client(peers, output, timeout=timeout, retries=retries, brief=is_brief)
         messages = stack.enter_context(closing(source.read()))
         stack.callback(times.summarize)
         for frames in messages:
@@ -174,11 +176,11 @@ class Deadline:
         self.at = time.monotonic() + seconds
         self._was_extended = False
 
-    def is_over(self) -> bool:
-        """Return whether the attempt is to end now.
+    def has_expired(self) -> bool:
+        """Return whether the attempt is to end now; extend it, once, after a suspension.
 
         A process that was stopped, or a computer that slept, finds the deadline long past. libzmq's
-        thread has not run either, so it gets a moment more, once in an attempt.
+        thread has not run either, so it gets a moment more.
         """
         now = time.monotonic()
         was_suspended = now >= self.at + OVERSLEPT
@@ -193,8 +195,8 @@ class Client:
 
     Lazy Pirate polls with a limit, closes the confused socket, opens a new one and sends again, N
     times at most. Here an attempt also ends as soon as the connection does, so that a server that
-    died is noticed without any limit. Where a malformed request of somebody else has made a REP
-    socket drop its next reply, which may be ours (libzmq's rep.cpp), only a ``timeout`` helps.
+    died is noticed without any limit. A REP socket that receives a malformed request from another
+    client may drop its next reply, perhaps ours (libzmq's rep.cpp): only a ``timeout`` helps then.
     """
 
     def __init__(
@@ -204,18 +206,17 @@ class Client:
         *,
         timeout: float,
         retries: int,
-        verbose: bool = False,
+        brief: bool,
     ) -> None:
         """``output``: where replies go. ``timeout``: seconds for an attempt, or infinity.
 
-        ``retries``: further attempts for each request. ``verbose``: say what is waited for even if
-        that is soon over.
+        ``retries``: further attempts for each request. ``brief``: do not say what is waited for.
         """
         self._peers = list(peers)  # in the order in which they are asked
         self._output = output
         self._timeout = timeout
         self._retries = retries
-        self._brief = timeout <= BRIEF_TIMEOUT and not verbose
+        self._brief = brief
         self._sent = False  # whether a server may have received the current request
 
     def ask(self, frames: Sequence[bytes]) -> Reply:
@@ -274,7 +275,7 @@ class Client:
         try:
             reply = self._receive_reply(peer, deadline)
         except AttemptEnded:
-            peer.renew()  # that takes back the request, and whatever comes late
+            peer.renew()  # drops the request if it is still unsent, and any late reply
             raise
         return Reply(reply, peer.endpoint, time.perf_counter() - started)
 
@@ -282,14 +283,16 @@ class Client:
         """Return the ready peer that has not been asked for longest; wait for one."""
         while True:
             if self._output.is_abandoned():
-                raise self._error("standard output is closed") if self._sent else reader_gone()
+                if self._sent:
+                    raise NoReply("standard output is closed")
+                raise reader_gone()  # ends silently, with status 1
             ready = update_all(self._peers, needed=True)
             if ready:
                 chosen = ready[0]
                 self._peers.remove(chosen)
                 self._peers.append(chosen)
                 return chosen
-            if deadline.is_over():
+            if deadline.has_expired():
                 endpoints = ", ".join(peer.endpoint for peer in self._peers)
                 reasons = "; ".join(dict.fromkeys(peer.finding.reason for peer in self._peers))
                 for peer in self._peers:
@@ -317,7 +320,7 @@ class Client:
                 if link.was_ended_by_us():
                     raise ReplyRejected(peer.endpoint)
                 raise ConnectionLost(f"connection to {peer.endpoint} lost", seconds)
-            if deadline.is_over():
+            if deadline.has_expired():
                 raise TimedOut(f"no reply from {peer.endpoint} within {self._timeout:g} s")
             if self._output.is_abandoned():
                 raise self._error("standard output is closed")

@@ -69,7 +69,8 @@ def run(
         guard,
         output=output,
         count=count,
-        client_notices=client_notices if verbose else None,
+        client_notices=client_notices,
+        verbose=verbose,
     )
     with ExitStack() as stack:
         stack.callback(guard.notices.finish)  # the last of what happens at the end
@@ -87,7 +88,7 @@ def run(
         open_worker = partial(open_rep, secure=secure_connected)
         new_peer = partial(Peer, open_socket=open_worker, announce=True, verbose=verbose)
         peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in connect]
-        with suppress(StopRequested):
+        with suppress(StopRequested):  # then run() ends at once
             for endpoint in endpoints:
                 real = stack.enter_context(bound(listener, endpoint, guard.stop))
                 notify_of_endpoint(real, checks_clients=bool(keys.client_keys))
@@ -115,14 +116,16 @@ def flush(context: Context, server: "Server", guard: Guard) -> None:
     """
     if not server.served:
         return
-    guard.unfinished = "the last reply may not have reached its client: it had not been read"
-    end = "a second signal ends it" if guard.stop.is_requested else "two signals end it"
-    notice = f"waiting for the last reply to reach its client; {end} at once"
+    end = "a second signal ends it" if guard.was_signalled else "two signals end it"
     guard.stalls.withdraw(STOPPING)
-    guard.stalls.expect(notice, NOTICE_DELAY)
     leave_signals_to_other_threads()  # pyzmq gives term() up if a signal interrupts it
-    context.term()
-    guard.stalls.withdraw(notice)
+    with (
+        guard.naming_loss("the last reply may not have reached its client: it was not read"),
+        guard.stalls.expecting(
+            f"waiting for the last reply to reach its client; {end} at once", NOTICE_DELAY
+        ),
+    ):
+        context.term()
 
 
 # The loop
@@ -139,11 +142,11 @@ class Server:
         output: Output | None = None,
         count: int | None = None,
         client_notices: ClientNotices | None = None,
+        verbose: bool = False,
     ) -> None:
         """``output`` gets each request after its reply is sent. ``count``: requests to answer.
 
-        ``client_notices``: if given, the user is notified of each request, and these notices are
-        told who was served.
+        ``verbose``: notify the user of each request. ``client_notices`` are told who was served.
         """
         self.served = 0  # requests that were answered
         self._answer = answer
@@ -152,6 +155,7 @@ class Server:
         self._pipe = output if output and output.descriptors else None  # whose reader may go
         self._count = count
         self._client_notices = client_notices
+        self._verbose = verbose
         self._print_failure = ""  # why requests cannot be printed any more
         self._unprinted = 0  # requests that were answered since then
 
@@ -166,8 +170,8 @@ class Server:
             with self._answer:
                 self._answer_all(listeners, peers)
         except Unanswered as unanswered:
-            # Whoever signalled our command meant us as well, so this is an end as ordered: status
-            # 0. Clients such as zmqmsg send see the connection end, and ask again.
+            # Whoever signalled our command meant to stop us, too, so this is a normal stop, with
+            # status 0. Clients such as zmqmsg send see the connection end, and ask again.
             notify(str(unanswered), "yellow")
         if self._print_failure:
             unprinted = ""
@@ -221,11 +225,11 @@ class Server:
     def _serve(self, request: Frames, socket: Socket) -> None:
         """Answer one request, print it, and tell of it."""
         # monotonic() has steps of 15 ms on Windows.
-        started = time.perf_counter() if self._client_notices else 0.0
+        started = time.perf_counter() if self._verbose else 0.0
         reply = self._answer.reply_to(request, socket)
         send(socket, reply)
         self.served += 1
-        if self._client_notices:
+        if self._verbose:
             self._report(request, reply, socket, time.perf_counter() - started)
         if self._print_failure:
             self._unprinted += 1

@@ -1,6 +1,8 @@
 """Notices of things that last or come again, such as a command that does not end."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 from zmqmsg.notices import REPEAT_INTERVAL, Notify
@@ -36,6 +38,15 @@ class StallNotices:
         """Give a notice, unless it is withdrawn within ``seconds``."""
         with self._lock:
             self._due[text] = time.monotonic() + seconds
+
+    @contextmanager
+    def expecting(self, text: str, seconds: float) -> Iterator[None]:
+        """Give a notice if this context lasts for ``seconds``."""
+        self.expect(text, seconds)
+        try:
+            yield
+        finally:
+            self.withdraw(text)
 
     def withdraw(self, text: str) -> None:
         """Do not give a notice that is expected."""

@@ -9,7 +9,8 @@ import math
 import os
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from zmqmsg.notices import NOTICE_DELAY, NoticeWriter, standard_error
@@ -30,12 +31,10 @@ if TYPE_CHECKING:
 
 # Times from the request to stop, in seconds. Docker kills after 10.
 ANSWER_LIMIT = 5.0  # in which requests that have arrived are answered
-END_LIMIT = 8.0  # in which what was begun by then may finish
+END_LIMIT = 8.0  # in which work that was begun by then may finish
 
 LOOK_INTERVAL = 0.5  # seconds from one look at what lasts to the next
-# Seconds in which the same signal counts once: GNU timeout sends it to its child, and then to the
-# whole group.
-REPEAT_DELAY = 0.1
+REPEAT_DELAY = 0.1  # seconds in which the same signal counts once
 LOCK_LIMIT = 1.0  # seconds to wait at the end for a command that is being started
 
 STOPPING = "stopping after the current request; a second signal ends it at once"
@@ -62,7 +61,7 @@ class Stop:
         self.sources = [reader]
 
     def request(self) -> None:
-        """Begin to stop, if that has not begun."""
+        """Begin to stop, unless that has begun already."""
         if self.is_requested:
             return
         self._requested_at = time.monotonic()
@@ -97,7 +96,7 @@ class RunningPrograms:
         return process
 
     def forget(self, process: "Popen[bytes]") -> None:
-        """Forget a process that has ended. Blocks while all are being killed."""
+        """Forget a process that has ended. Never returns once ``kill_all`` has begun."""
         with self._lock:
             self._processes.discard(process)
 
@@ -120,7 +119,7 @@ class Guard:
     """A daemon thread that handles signals, and ends the process when its time is over.
 
     The first signal requests to stop. The second one, or SIGQUIT, ends the process and its commands
-    at once.
+    at once. ``stop``, ``programs``, ``notices`` and ``stalls`` may be used by any thread.
     """
 
     def __init__(self, output: Output | None) -> None:
@@ -129,12 +128,25 @@ class Guard:
         self.programs = RunningPrograms()
         self.notices = NoticeWriter()
         self.stalls = StallNotices(self.notices.notify)
-        # What would be cut off if the process ended now, in words. Only the main thread sets it.
-        self.unfinished = ""
+        self._loss = ""  # what would be cut off if the process ended now, as text
         self._output = output
         self._output_was_stalled = False  # at the last look
         self._first_signal = 0  # 0: none has come
         self._signalled_at = math.inf
+
+    @property
+    def was_signalled(self) -> bool:
+        """Whether a signal has come that was handled, and a second one would end the process."""
+        return self._first_signal != 0
+
+    @contextmanager
+    def naming_loss(self, loss: str) -> Iterator[None]:
+        """Have ``loss`` told if the process must end within this context of the main thread."""
+        self._loss = loss
+        try:
+            yield
+        finally:
+            self._loss = ""
 
     def start(self) -> None:
         """Handle signals from now on, but not those that are ignored; raise OSError."""
@@ -166,15 +178,14 @@ class Guard:
 
     def _handle_signal(self, number: int) -> None:
         now = time.monotonic()
-        is_repeated = number == self._first_signal and now < self._signalled_at + REPEAT_DELAY
-        is_second = self._first_signal != 0 and not is_repeated
-        if is_second or number in END_SIGNALS:
+        if number == self._first_signal and now < self._signalled_at + REPEAT_DELAY:
+            return  # GNU timeout signals its child, and then the whole group
+        if self.was_signalled or number in END_SIGNALS:
             self._end(128 + number)
-        if not self._first_signal:
-            self._first_signal = number
-            self._signalled_at = now
-            self.stalls.expect(STOPPING, NOTICE_DELAY)
-            self.stop.request()
+        self._first_signal = number
+        self._signalled_at = now
+        self.stalls.expect(STOPPING, NOTICE_DELAY)
+        self.stop.request()
 
     def _check_output(self) -> None:
         """Tell of a standard output that is not read; do not wait for it while stopping."""
@@ -190,8 +201,8 @@ class Guard:
         """End the process if it is to stop, and cannot."""
         if self.stop.is_requested and standard_error.is_stalled():
             self._end(1)
-        if self.stop.has_lasted(END_LIMIT) and self.unfinished:
-            self.notices.notify(f"{self.unfinished} after {END_LIMIT:g} s", "red")
+        if self.stop.has_lasted(END_LIMIT) and self._loss:
+            self.notices.notify(f"{self._loss} after {END_LIMIT:g} s", "red")
             self._end(1)
 
     def _end(self, status: int) -> None:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from subprocess import Popen  # imported below only for commands: it takes 4 ms
     from threading import Thread
 
+# For values. Where a function has other code on Windows, it tests sys.platform itself: only that
+# tells mypy what exists.
 WINDOWS = sys.platform == "win32"
 
 # Terminals, pipes and files
@@ -255,5 +257,5 @@ def reap_orphans(children: Collection[int]) -> None:
         with suppress(ChildProcessError):
             while ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT):
                 if ended.si_pid in children:
-                    return  # what ended after it is seen once it is waited for
+                    return  # it would be found again; orphans behind it are reaped after it
                 os.waitpid(ended.si_pid, 0)

@@ -68,7 +68,7 @@ class Admission:
                 self._open_questions = [
                     question
                     for question in self._open_questions
-                    if not self._answer(question, socket)
+                    if not self._try_to_answer(question, socket)
                 ]
 
     def _scan_if_needed(self) -> None:
@@ -76,7 +76,7 @@ class Admission:
         if self._keys.error or not all(is_known):
             self._keys.scan_if_due()
 
-    def _answer(self, question: Question, socket: Socket) -> bool:
+    def _try_to_answer(self, question: Question, socket: Socket) -> bool:
         """Answer ``question`` if that is possible now; return whether it was."""
         verdict = self._judge(question)
         if not verdict:
@@ -101,7 +101,7 @@ class Admission:
             was_scanned_since = self._keys.scanned_at >= question.asked_at
             return REFUSED if was_scanned_since else None
         if time.monotonic() < question.asked_at + SETTLE_TIME:
-            return None
+            return None  # the keys are being changed
         return COME_AGAIN if self._keys.error else REFUSED
 
 
