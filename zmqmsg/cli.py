@@ -12,7 +12,7 @@ import click
 from click.core import ParameterSource
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.keys import Keys, looks_like_key
+from zmqmsg.keys import Keys, is_key_for_path, looks_like_key
 from zmqmsg.messages import Form, Source
 from zmqmsg.notices import notify
 
@@ -53,10 +53,24 @@ class Option(click.Option):
         try:
             return super().process_value(ctx, value)
         except click.BadParameter as error:
+            text = error.message.removesuffix(".")
+            if any(each in text and hides_key(each) for each in strings_of(value)):
+                text = "the value is wrong; it is not shown, as it may be a key"
             if is_from_environment(ctx, self):
-                text = f"{error.message.removesuffix('.')} (from {self.variable(ctx)})"
-                raise click.BadParameter(text, ctx, self) from None
-            raise
+                text = f"{text} (from {self.variable(ctx)})"
+            raise click.BadParameter(text, ctx, self) from None
+
+
+def strings_of(value: Any) -> tuple[str, ...]:
+    """Return the texts in the value of an option."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    return tuple(each for each in values if isinstance(each, str))
+
+
+def hides_key(text: str) -> bool:
+    """Return whether ``text`` may be a key, and is no address with some of its characters."""
+    is_address = "://" in text or re.search(r":\d{1,5}\s*$", text)
+    return not is_address and looks_like_key(text)
 
 
 class Parsed(click.ParamType[Any]):
@@ -94,7 +108,7 @@ class KeyPath(InputPath):
             self.fail(
                 "'-' is no key file; to read a key from a command, pass <(command)", param, ctx
             )
-        if looks_like_key(value) and not os.path.exists(value):
+        if is_key_for_path(value):
             self.fail(  # without showing it: it may be a secret
                 "it takes a file, and this looks like a key itself; put the key into a file"
                 " (if it is the name of a file, write ./ before it)",

@@ -1,5 +1,6 @@
 """The CURVE keys of a command: which options go together, and what a socket gets of them."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,25 +13,44 @@ if TYPE_CHECKING:
     from zmqmsg.notices import ClientNotices, Notify
     from zmqmsg.sockets import Socket
 
-# What keys look like: in Z85, hexadecimal and base64. A key of 32 bytes has 40 characters in Z85.
+# What keys look like. A key of 32 bytes has 40 characters in Z85.
 _Z85_CHARACTERS = r"0-9A-Za-z.:+=^!/*?&<>()\[\]{}@%$#-"
-_KEY_TEXT = re.compile(
-    rf"[{_Z85_CHARACTERS}]{{40}}|[0-9A-Fa-f]{{64}}|[0-9A-Za-z+/_-]{{43}}=|.*(secret|public)-key\s*=.*",
-    re.DOTALL,
-)
-# A key that lost or gained some characters; a path rarely has as many that are not word characters.
-_DAMAGED_KEY_TEXT = re.compile(rf"[{_Z85_CHARACTERS}]{{30,50}}")
+_Z85_KEY = re.compile(rf"[{_Z85_CHARACTERS}]{{40}}")
+_HEXADECIMAL_KEY = re.compile("[0-9A-Fa-f]{60,}")
+_BASE64_KEY = re.compile("[0-9A-Za-z+/_-]{43}=?")
+_KEY_LINE = re.compile(r"(secret|public)-key\s*=")
+_QUOTES = "\"'`\u2018\u2019\u201c\u201d"
+# A key with something before or after it, or one that has lost some characters: a path rarely has
+# as many that are not word characters.
+_Z85_RUN = re.compile(rf"[{_Z85_CHARACTERS}]{{30,}}")
 _UNUSUAL_IN_PATHS = re.compile(r"[:^!*?&<>()\[\]{}@%$#=+]")
-UNUSUAL_LIMIT = 4
+UNUSUAL_LIMIT = 3
+CAPITAL_LIMIT = 6  # a key in base64 has 17 capital letters on average
 
 
 def looks_like_key(text: str) -> bool:
-    """Return whether ``text``, which should be the path of a key file, may be a key itself."""
-    text = text.strip().strip("\"'")
-    if _KEY_TEXT.fullmatch(text) or "\n" in text:
+    """Return whether ``text``, which should be something else, may be a key, or has one in it."""
+    bare = text.strip().strip(_QUOTES)
+    if _Z85_KEY.fullmatch(bare) or _HEXADECIMAL_KEY.search(bare) or _KEY_LINE.search(bare):
         return True
-    is_damaged = _DAMAGED_KEY_TEXT.fullmatch(text)
-    return bool(is_damaged) and len(_UNUSUAL_IN_PATHS.findall(text)) >= UNUSUAL_LIMIT
+    if _BASE64_KEY.fullmatch(bare):
+        return sum(map(str.isupper, bare)) >= CAPITAL_LIMIT
+    return any(
+        len(_UNUSUAL_IN_PATHS.findall(run)) >= UNUSUAL_LIMIT for run in _Z85_RUN.findall(bare)
+    )
+
+
+def is_key_for_path(path: str) -> bool:
+    """Return whether ``path``, which should be that of a key file, is likely a key itself.
+
+    It is none if there is such a file. In a directory that exists, only the name counts.
+    """
+    if os.path.exists(path):
+        return False
+    directory, name = os.path.split(path)
+    if directory.strip("./") and os.path.isdir(directory):
+        return looks_like_key(name)
+    return "\n" in path or looks_like_key(path)
 
 
 class Keys(NamedTuple):
