@@ -302,7 +302,7 @@ class Client:
         sent_at = time.monotonic()
         notice_at = math.inf if self._brief else sent_at + NOTICE_DELAY
         while True:
-            poll([peer], [link.socket], min(deadline.at, notice_at))
+            poll([peer], [link.socket, *self._output.descriptors], min(deadline.at, notice_at))
             link.read_events()
             # Before the look into the socket: a reply may have come just before the end.
             has_ended = link.ended
@@ -315,6 +315,8 @@ class Client:
                 raise ConnectionLost(f"connection to {peer.endpoint} lost", seconds)
             if deadline.is_over():
                 raise TimedOut(f"no reply from {peer.endpoint} within {self._timeout:g} s")
+            if self._output.is_abandoned():
+                raise reader_gone()
             if time.monotonic() >= notice_at:
                 notify(f"waiting for a reply from {peer.endpoint}")
                 notice_at = math.inf
