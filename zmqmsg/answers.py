@@ -129,7 +129,7 @@ class AnswerOptions(NamedTuple):
     def choose(self, form: Form, max_size: int, guard: Guard) -> Answer:
         """Return what makes the replies, which have ``max_size`` bytes at most."""
         if self.reply is not None:
-            return Answer(form.decode_argument(self.reply))
+            return Answer(form.decode_argument(self.reply, "--reply"))
         if self.command is not None:
             return Command(self.command, form, max_size, guard, reads_lines=form.quoted)
         if self.filter_command is not None:

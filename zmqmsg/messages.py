@@ -64,12 +64,16 @@ class Form(NamedTuple):
         """Return the frames of a message without its separator; raise ValueError for a bad one."""
         return unquote(message) if self.quoted else [message]
 
-    def decode_argument(self, argument: str) -> list[bytes]:
-        """Return the frames of a message on the command line; raise UsageError for a bad one."""
+    def decode_argument(self, argument: str, option: str = "") -> list[bytes]:
+        """Return the frames of a message on the command line; raise UsageError for a bad one.
+
+        ``option``: whose value it is.
+        """
         try:
             return self.decode(os.fsencode(argument))
         except ValueError as error:
-            raise click.UsageError(f"in '{argument}': {error}") from error
+            place = f"{option}: in" if option else "in"
+            raise click.UsageError(f"{place} '{argument}': {error}") from error
 
 
 # Output
