@@ -18,6 +18,7 @@ _TCP = re.compile(
     re.ASCII,
 )
 _LINK_LOCAL = re.compile("fe[89ab]", re.IGNORECASE)  # the first ten bits of fe80::/10
+_IPV6 = re.compile("[^%]*::|([^:%]+:){7}[^:%]")  # that has all its parts, or :: instead
 _HOST_AND_PORT = re.compile(r"(?P<host>[^/@\s]*?):(?P<port>\d{1,5})")
 
 
@@ -103,6 +104,8 @@ def guess_endpoints(text: str) -> Iterator[str]:
     host = host.strip("[]") or "127.0.0.1"
     if _LINK_LOCAL.match(host) and "%" not in host:
         host += "%eth0"
+    if ":" in host and not _IPV6.match(host):  # for example ::1 without a port
+        return
     yield f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
     try:
         yield f"tcp://{host.encode('idna').decode()}:{port}"
