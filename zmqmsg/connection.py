@@ -17,7 +17,7 @@ import zmq
 from zmqmsg.background import Background
 from zmqmsg.diagnosis import USABLE_OLD_PEER, Expected, Finding, diagnose
 from zmqmsg.names import is_named, resolve_to_endpoints
-from zmqmsg.notices import NOTICE_DELAY, Failure, notify
+from zmqmsg.notices import NOTICE_DELAY, REPEAT_INTERVAL, Failure, notify
 from zmqmsg.sockets import Socket, connect, open_monitor
 
 # Times, in seconds
@@ -144,7 +144,10 @@ class Peer:
             self._begin_wait(old.connected_at + CONNECT_INTERVAL)
 
     def tell(self, now: float) -> None:
-        """Tell the user of a wait that lasts, and again when the reason is another one."""
+        """Tell the user of a wait that lasts, and again when the reason is another one.
+
+        Reasons that alternate, as those of several addresses, are told once a minute.
+        """
         if self.ready or self._brief or self.finding == NO_ANSWER:
             return
         if now < self._waiting_since + NOTICE_DELAY:
@@ -153,8 +156,11 @@ class Peer:
         if self.finding == self._judge_link() and now < self._found_at + PROBE_DELAY:
             return
         notice = f"waiting for {self.endpoint}: {self.finding.reason}"
-        if notice != self._last_notice:
+        if notice == self._last_notice:
+            return
+        if now >= self._given_at.get(notice, -math.inf) + REPEAT_INTERVAL:
             notify(notice)
+            self._given_at[notice] = now
             self._last_notice = notice
 
     def pause(self, now: float) -> float:
@@ -182,6 +188,7 @@ class Peer:
         self._waiting_since = self._found_at = time.monotonic()
         self._handshake_finding = None
         self._last_notice = ""
+        self._given_at: dict[str, float] = {}  # notices, by time.monotonic()
         self._address = self.endpoint  # in numbers, that is being connected to
         self._prober = Prober(partial(diagnose, self.endpoint, expected), self._probe_delay)
         self._tries = self._try_addresses(first_try_at)
