@@ -38,7 +38,7 @@ def bound(socket: Socket, endpoint: str, stop: Stop) -> Iterator[str]:
     bind_to_any(socket, endpoint, find_addresses(endpoint, stop))
     inode = os.lstat(path).st_ino if path else None
     try:
-        yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
+        yield os.fsdecode(cast(bytes, socket.last_endpoint).rstrip(b"\0"))
     finally:
         with suppress(OSError):  # libzmq leaves the socket file behind
             if path and os.lstat(path).st_ino == inode:
