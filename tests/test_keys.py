@@ -23,6 +23,8 @@ from zmqmsg.cli import cli
 from zmqmsg.sockets import Context, Socket
 
 from conftest import (
+    AS_NOBODY,
+    IS_ROOT,
     LIMIT,
     LINUX,
     POSIX,
@@ -31,6 +33,7 @@ from conftest import (
     Start,
     broker,
     descriptors,
+    let_others_enter,
     memory,
     relay,
     shell,
@@ -43,7 +46,6 @@ with suppress(ImportError):  # Windows has none
 
 SERVE_KEY = ["serve", "--bind", "tcp://192.0.2.1:1", "--key"]
 SERVER_KEY = ["send", "x", "--server-key"]
-IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
 EITHER_OPTION = pytest.mark.parametrize(
     "option", [SERVE_KEY, SERVER_KEY], ids=["--key", "--server-key"]
 )
@@ -263,25 +265,13 @@ def test_where_there_are_no_hard_links_a_key_is_created_all_the_same(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-AS_NOBODY = """\
-import importlib, os, pkgutil
-import zmqmsg
-for module in pkgutil.iter_modules(zmqmsg.__path__):
-    importlib.import_module(f"zmqmsg.{module.name}")  # which somebody else may not be able to read
-os.setegid(65534)
-os.seteuid(65534)
-zmqmsg.__main__.main()
-"""
-
-
 @pytest.mark.skipif(not IS_ROOT, reason="needs root to give a file away")
 @pytest.mark.parametrize(("mode", "accepted"), [(0o640, True), (0o660, False), (0o644, False)])
 def test_a_secret_key_that_root_has_mounted_for_our_group_is_accepted(
     keys: Keys, tmp_path: Path, mode: int, accepted: bool
 ) -> None:
     """As a container's orchestrator does."""
-    for directory in (keys.server.secret.parent, tmp_path, *tmp_path.parents[:-1]):
-        directory.chmod(directory.stat().st_mode | 0o011)
+    let_others_enter(keys.server.secret.parent)
     os.chown(keys.server.secret, 0, 65534)
     keys.server.secret.chmod(mode)
     done = subprocess.run(
