@@ -502,6 +502,28 @@ def shell(tmp_path: Path, text: str) -> dict[str, Any]:
     return {"executable": script}
 
 
+# Another user
+
+IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
+
+# Runs zmqmsg as a user who owns nothing: python -c AS_NOBODY.
+AS_NOBODY = """\
+import importlib, os, pkgutil, queue, resource, socket, subprocess, threading
+import zmqmsg
+for module in pkgutil.iter_modules(zmqmsg.__path__):
+    importlib.import_module(f"zmqmsg.{module.name}")  # which somebody else may not be able to read
+os.setegid(65534)
+os.seteuid(65534)
+zmqmsg.__main__.main()
+"""
+
+
+def let_others_enter(directory: Path) -> None:
+    """Let other users find what is in ``directory``."""
+    for each in (directory, *directory.parents[:-1]):
+        each.chmod(each.stat().st_mode | 0o011)
+
+
 # What Linux tells of a process
 
 

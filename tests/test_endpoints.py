@@ -1,7 +1,9 @@
 """Endpoints: those that are accepted and refused, and the socket files of ipc endpoints."""
 
 import signal
+import socket
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,19 @@ from click.testing import CliRunner
 
 from zmqmsg.cli import cli
 
-from conftest import COMMAND, LIMIT, POSIX, WINDOWS, Send, Serve, Start, stop
+from conftest import (
+    AS_NOBODY,
+    COMMAND,
+    IS_ROOT,
+    LIMIT,
+    POSIX,
+    WINDOWS,
+    Send,
+    Serve,
+    Start,
+    let_others_enter,
+    stop,
+)
 
 LONGEST = zmq.IPC_PATH_MAX_LEN
 BIND_AND_CONNECT = pytest.mark.parametrize("option", ["--bind", "--connect"])
@@ -84,6 +98,13 @@ EXAMPLE = "for example tcp://127.0.0.1:5555"
         ("TCP://localhost:5555", "neither tcp", "write tcp://localhost:5555"),
         ("tcp:/localhost:5555", "neither tcp", "write tcp://localhost:5555"),
         ("tcp://::1:5555", "IPv6 in brackets", "write tcp://[::1]:5555"),
+        ("tcp:localhost:5555", "neither tcp", "write tcp://localhost:5555"),
+        ("tcp://localhost:5555/", "neither tcp", "write tcp://localhost:5555"),
+        ("::1:5555", "IPv6 in brackets", "write tcp://[::1]:5555"),
+        ("::1", "IPv6 in brackets", EXAMPLE),
+        ("tcp://fe80::77:5555", "IPv6 in brackets", "write tcp://[fe80::77%eth0]:5555"),
+        ("tcp://[febf::1]:5555", "name of its interface", "write tcp://[febf::1%eth0]:5555"),
+        ("tcp://日本.jp:5555", "characters in its name", "write tcp://xn--wgv71a.jp:5555"),
         ("tcp://127.0.0.1:5555\n", "cannot be printed", "write tcp://127.0.0.1:5555"),
         ("tcp://münchen.de:5555", "characters in its name", "write tcp://xn--mnchen-3ya.de:5555"),
         ("tcp://[fe80::77]:5555", "name of its interface", "write tcp://[fe80::77%eth0]:5555"),
@@ -94,7 +115,10 @@ def test_any_other_endpoint_is_refused_with_what_to_write_instead(
     option: str, endpoint: str, reason: str, advice: str
 ) -> None:
     refusal = usage_error(option, endpoint)
-    assert f"'{endpoint.encode(errors='backslashreplace').decode()}' " in refusal or "ü" in endpoint
+    assert (
+        f"'{endpoint.encode(errors='backslashreplace').decode()}' " in refusal
+        or not endpoint.isascii()
+    )
     assert reason in refusal
     assert f"; {advice}" in refusal
 
@@ -136,6 +160,32 @@ def test_the_path_of_a_server_that_died_is_taken(serve: Serve, send: Send, tmp_p
     assert path.is_socket()
     serve("--bind", endpoint)
     assert send("--connect", endpoint, "and now?").stdout == b"and now?\n"
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root to leave a socket to another user")
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [(0o777, "server has left its socket there"), (0o755, "server or file is there already")],
+)
+def test_a_stale_socket_of_another_user_is_called_that(
+    tmp_path: Path, mode: int, words: str
+) -> None:
+    """In a directory such as /tmp, only its owner may remove it.
+
+    Whether it is stale can be seen only by those who may use it.
+    """
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    let_others_enter(shared)
+    with socket.socket(socket.AF_UNIX) as stale:
+        stale.bind(f"{shared}/socket")
+    (shared / "socket").chmod(mode)
+    command = [sys.executable, "-c", AS_NOBODY, "serve", "--bind", f"ipc://{shared}/socket"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    assert done.returncode == 1
+    assert f"another user's {words}" in done.stderr
+    assert "in use" not in done.stderr
 
 
 @POSIX

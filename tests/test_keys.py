@@ -1,5 +1,6 @@
 """CURVE keys: their files, the three steps of the README, and who is let in."""
 
+import base64
 import os
 import re
 import shutil
@@ -17,12 +18,16 @@ import zmq
 import zmq.auth
 from click.testing import CliRunner
 from zmq.auth.thread import ThreadAuthenticator
+from zmq.utils import z85
 from zmq.utils.monitor import recv_monitor_message
 
 from zmqmsg.cli import cli
 from zmqmsg.sockets import Context, Socket
 
 from conftest import (
+    AS_NOBODY,
+    COMMAND,
+    IS_ROOT,
     LIMIT,
     LINUX,
     POSIX,
@@ -31,6 +36,7 @@ from conftest import (
     Start,
     broker,
     descriptors,
+    let_others_enter,
     memory,
     relay,
     shell,
@@ -43,7 +49,6 @@ with suppress(ImportError):  # Windows has none
 
 SERVE_KEY = ["serve", "--bind", "tcp://192.0.2.1:1", "--key"]
 SERVER_KEY = ["send", "x", "--server-key"]
-IS_ROOT = sys.platform != "win32" and os.geteuid() == 0
 EITHER_OPTION = pytest.mark.parametrize(
     "option", [SERVE_KEY, SERVER_KEY], ids=["--key", "--server-key"]
 )
@@ -263,25 +268,13 @@ def test_where_there_are_no_hard_links_a_key_is_created_all_the_same(
     assert len(list(tmp_path.iterdir())) == 2
 
 
-AS_NOBODY = """\
-import importlib, os, pkgutil
-import zmqmsg
-for module in pkgutil.iter_modules(zmqmsg.__path__):
-    importlib.import_module(f"zmqmsg.{module.name}")  # which somebody else may not be able to read
-os.setegid(65534)
-os.seteuid(65534)
-zmqmsg.__main__.main()
-"""
-
-
 @pytest.mark.skipif(not IS_ROOT, reason="needs root to give a file away")
 @pytest.mark.parametrize(("mode", "accepted"), [(0o640, True), (0o660, False), (0o644, False)])
 def test_a_secret_key_that_root_has_mounted_for_our_group_is_accepted(
     keys: Keys, tmp_path: Path, mode: int, accepted: bool
 ) -> None:
     """As a container's orchestrator does."""
-    for directory in (keys.server.secret.parent, tmp_path, *tmp_path.parents[:-1]):
-        directory.chmod(directory.stat().st_mode | 0o011)
+    let_others_enter(keys.server.secret.parent)
     os.chown(keys.server.secret, 0, 65534)
     keys.server.secret.chmod(mode)
     done = subprocess.run(
@@ -342,6 +335,278 @@ def test_key_files_of_others_serve_as_keys(
     _, endpoint = serve("--key", str(theirs.secret), "--client-keys", str(theirs.public))
     done = send("--connect", endpoint, *as_client(theirs, theirs), "as a server")
     assert done.stdout == b"as a server\n"
+
+
+@POSIX
+def test_a_bare_key_may_be_either_half(tmp_path: Path) -> None:
+    public, secret = zmq.curve_keypair()
+    path = tmp_path / "bare"
+    path.write_bytes(secret + b"\n")
+    refused = refuse(*SERVE_KEY, path)
+    assert f"{path} holds a key without a name, which may be either half" in refused
+    assert 'has a line such as secret-key = "' in refused
+    assert secret.decode() not in refused
+    assert [each.name for each in tmp_path.iterdir()] == ["bare"]
+    path.write_bytes(public)
+    assert "without a name" not in refuse(*SERVER_KEY, path, "--timeout", "wrong")
+
+
+def other_encodings(key: bytes) -> dict[str, str]:
+    """Return a key in encodings that are not ZeroMQ's."""
+    raw = z85.decode(key)
+    return {
+        "hexadecimal": raw.hex(),
+        "HEXADECIMAL": raw.hex().upper(),
+        "base64": base64.b64encode(raw).decode(),
+        "base64 for URLs": base64.urlsafe_b64encode(raw).decode().rstrip("="),
+    }
+
+
+@EITHER_OPTION
+@pytest.mark.parametrize("form", ["{}\n", 'curve\n    public-key = "{}"\n'])
+def test_a_key_in_another_encoding_is_called_that(
+    tmp_path: Path, option: list[str], form: str
+) -> None:
+    for encoding, text in other_encodings(zmq.curve_keypair()[0]).items():
+        path = tmp_path / "key"
+        path.write_text(form.format(text))
+        refused = refuse(*option, path)
+        assert f"its key is in {encoding.split()[0].lower()}" in refused
+        assert text not in refused
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_a_key_file_may_be_in_utf_16_and_begin_with_a_byte_order_mark(
+    keys: Keys, tmp_path: Path, serve: Serve, send: Send, encoding: str
+) -> None:
+    """As PowerShell 5.1 writes it."""
+    mark = "\ufeff" if encoding in ("utf-16-le", "utf-16-be") else ""
+
+    def convert(name: str, text: str) -> str:
+        path = tmp_path / name
+        path.write_bytes((mark + text.replace("\n", "\r\n")).encode(encoding))
+        path.chmod(0o600)
+        return str(path)
+
+    secret = convert("secret", keys.server.secret.read_text())
+    public = convert("public", keys.server.key.public.decode() + "\n")
+    client = convert("client", keys.alice.public.read_text())
+    _, endpoint = serve("--key", secret, "--client-keys", client)
+    done = send("--connect", endpoint, "--key", str(keys.alice.secret), "--server-key", public, "x")
+    assert (done.returncode, done.stdout) == (0, b"x\n")
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_secret_key_beside_the_public_half_of_another_pair_is_refused(
+    keys: Keys, tmp_path: Path, is_new: bool
+) -> None:
+    """Nobody could connect with it."""
+    secret, public = tmp_path / "me.key_secret", tmp_path / "me.key"
+    shutil.copy(keys.alice.public, public)
+    if not is_new:
+        shutil.copy2(keys.stranger.secret, secret)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    refused = refuse(*SERVE_KEY, secret)
+    assert str(public) in refused
+    assert is_new or "is not the public half of" in refused
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert after == before
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["fifo", "pipe", "device"])
+def test_client_keys_that_can_be_read_only_once_are_refused(
+    keys: Keys, tmp_path: Path, kind: str
+) -> None:
+    """They would let nobody in, for ever."""
+    os.mkfifo(tmp_path / "fifo")
+    reading, writing = os.pipe()
+    places = {"fifo": f"{tmp_path}/fifo", "pipe": f"/dev/fd/{reading}", "device": os.devnull}
+    os.write(writing, keys.alice.public.read_bytes())
+    os.close(writing)
+    refused = refuse(*SERVE_KEY, keys.server.secret, "--client-keys", places[kind])
+    os.close(reading)
+    assert f"--client-keys: {places[kind]} can be read only once" in refused
+    assert "pass a file or directory" in refused
+
+
+# A key itself in place of its file
+
+KEY = "2g6Yr1gb7Wr<-Ok0#z[$J/&$l<h+!I-{JEa:PgqH"
+KEY_IN_BYTES = z85.decode(KEY.encode())
+KEY_TEXTS = {
+    "Z85": KEY,
+    "with a newline": f"{KEY}\n",
+    "in quotes": f'"{KEY}"',
+    "in typographic quotes": f"\u201c{KEY}\u201d",
+    "with its name": f'secret-key = "{KEY}"',
+    "a whole key file": CERTIFICATE.format(KEY) + SECRET_HALF.format("", KEY),
+    "one character lost": KEY[:-1],
+    "the first one lost": KEY[1:],
+    "both halves": f"{KEY} {KEY}",
+    "in JSON": f'{{"key": "{KEY}"}}',
+    "below the directory": f"./{KEY}",
+    **other_encodings(KEY.encode()),
+    "0x": f"0x{KEY_IN_BYTES.hex()}",
+}
+
+
+def shows_key(text: str) -> bool:
+    """Return whether ``text`` shows a part of the key, in any encoding."""
+    shown = "".join(text.split()).lower()
+    forms = [KEY, *other_encodings(KEY.encode()).values()]
+    parts = [form[start : start + 8].lower() for form in forms for start in range(len(form) - 7)]
+    return any(part in shown for part in parts)
+
+
+@pytest.mark.parametrize("text", KEY_TEXTS.values(), ids=KEY_TEXTS)
+@pytest.mark.parametrize("in_variable", [False, True], ids=["option", "variable"])
+def test_a_key_in_place_of_its_file_is_refused_and_not_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, in_variable: bool
+) -> None:
+    """In a CI job, it would be in the log, and be the name of two files."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for command, option in [
+        ("serve", "--key"),
+        ("serve", "--client-keys"),
+        ("serve", "--server-key"),
+        ("send", "--key"),
+        ("send", "--server-key"),
+    ]:
+        variable = f"ZMQMSG_{command}_{option[2:].replace('-', '_')}".upper()
+        if in_variable:
+            monkeypatch.setenv(variable, text)
+            refused = refuse(command)
+            monkeypatch.delenv(variable)
+            assert f"(from {variable})" in refused
+        else:
+            refused = refuse(command, f"{option}={text}")
+        assert "it takes a file, and this looks like a key itself" in refused
+        assert not shows_key(refused), (command, option)
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["serve", "--bind"],
+        ["serve", "--connect"],
+        ["serve", "--count"],
+        ["send", "--connect"],
+        ["send", "--file"],
+        ["send", "--timeout"],
+        ["send", "--max-size"],
+    ],
+    ids=" ".join,
+)
+def test_no_option_shows_a_wrong_value_that_may_be_a_key(option: list[str]) -> None:
+    for text in KEY_TEXTS.values():
+        refused = refuse(option[0], f"{option[1]}={text}")
+        assert option[1] in refused
+        assert not shows_key(refused), text
+
+
+def test_a_key_that_is_the_name_of_a_file_is_used_as_that(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a long path in a directory that exists is none."""
+    monkeypatch.chdir(tmp_path)
+    name = KEY.replace("/", "-")
+    shutil.copy(keys.server.public, name)
+    assert "looks like" not in refuse(*SERVER_KEY, name, "--timeout", "wrong")
+    long = (f"{tmp_path}/" + "production-server" * 3)[: len(f"{tmp_path}/") + 30]
+    assert "cannot read key file" in refuse(*SERVER_KEY, long)
+
+
+# Where modes cannot be set
+
+
+@POSIX
+@pytest.mark.parametrize("command", ["serve", "send"])
+def test_a_new_key_that_others_could_read_is_removed_again(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """Some file systems keep no modes, such as the Windows drives of WSL."""
+    directory = tmp_path / "drive"
+    directory.mkdir()
+    opened = os.open
+
+    def open_without_modes(path: str, *arguments: int, **options: int) -> int:
+        descriptor = opened(path, *arguments, **options)
+        if str(path).startswith(str(directory)):
+            os.fchmod(descriptor, 0o777)
+        return descriptor
+
+    monkeypatch.setattr("os.open", open_without_modes)
+    options = SERVE_KEY if command == "serve" else [*SERVER_KEY, str(keys.server.public), "--key"]
+    refused = refuse(*options, directory / "me.key_secret")
+    assert "put it on a file system that keeps modes" in refused
+    assert "chmod" not in refused
+    assert list(directory.iterdir()) == []
+    # One that was there before stays.
+    (directory / "old.key_secret").write_bytes(keys.alice.secret.read_bytes())
+    (directory / "old.key_secret").chmod(0o777)
+    assert "put it on a file system that keeps modes" in refuse(
+        *options, directory / "old.key_secret"
+    )
+    assert (directory / "old.key_secret").exists()
+
+
+UNSHARE = ["unshare", "-m"] if IS_ROOT else ["unshare", "-rm"]
+MOUNT = """
+mount -t tmpfs none mounted
+cp -p "$1" mounted/key
+chmod $2 mounted/key
+mount -o remount,ro mounted
+shift 2
+exec "$@"
+"""
+
+
+def may_mount(directory: Path) -> bool:
+    """Return whether the tests may mount file systems."""
+    if not shutil.which("unshare"):
+        return False
+    mount = [*UNSHARE, "mount", "-t", "tmpfs", "none", str(directory)]
+    return subprocess.run(mount, capture_output=True).returncode == 0
+
+
+@LINUX
+@pytest.mark.parametrize(("mode", "accepted"), [("644", False), ("640", True), ("440", True)])
+def test_on_a_read_only_mount_the_advice_is_to_mount_it_otherwise(
+    keys: Keys, tmp_path: Path, mode: str, accepted: bool
+) -> None:
+    """Of root's key, the mode 440 or 640 is accepted for root as well."""
+    (tmp_path / "mounted").mkdir()
+    if not may_mount(tmp_path / "mounted"):
+        pytest.skip("needs unshare and the right to mount")
+    own = keys.alice.secret
+    script = [*UNSHARE, "sh", "-ec", MOUNT, "sh", str(own), mode]
+    command = [*COMMAND, "send", "--key", "mounted/key", *of_server(keys.server)]
+    done = subprocess.run(
+        [*script, *command],
+        cwd=tmp_path,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT,
+    )
+    assert done.returncode == (0 if accepted else 2), done.stderr
+    assert ("set its mode where it is mounted" in done.stderr) is not accepted
+    assert "chmod" not in done.stderr
+
+
+@pytest.mark.skipif(not IS_ROOT, reason="needs root, whose key it is")
+@pytest.mark.parametrize(
+    ("mode", "accepted"), [(0o440, True), (0o640, True), (0o660, False), (0o644, False)]
+)
+def test_roots_key_may_be_readable_by_a_group_for_root_as_well(
+    keys: Keys, mode: int, accepted: bool
+) -> None:
+    keys.alice.secret.chmod(mode)
+    nothing_to_send = CliRunner().invoke(cli, ["send", *as_client(keys.alice, keys.server)])
+    assert nothing_to_send.exit_code == (0 if accepted else 2)
 
 
 # Which options go together

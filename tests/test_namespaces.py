@@ -218,6 +218,114 @@ def test_each_address_of_a_name_is_tried_and_ipv6_needs_no_brackets(
     assert sender.popen.returncode == 0
 
 
+# Networks that drop packets
+
+# What is sent to 192.0.2.1 and 192.0.2.2 vanishes.
+SILENT_NETWORK = """
+ip link set lo up
+ip link add here type veth peer name there
+ip link set there up
+ip link set here up
+ip addr add 192.0.2.10/24 dev here
+for host in 1 2; do
+    ip neigh add 192.0.2.$host lladdr 02:00:00:00:00:0$host dev here nud permanent
+done
+"""
+SILENT = f"""exec {UNSHARE} -nm sh -ec '{SILENT_NETWORK}
+[ ! -e hosts ] || mount --bind hosts /etc/hosts
+[ ! -e prepare ] || . ./prepare
+exec "$@"' sh "$@"
+"""
+
+
+@pytest.fixture
+def silent(inside: Inside, tmp_path: Path) -> Inside:
+    """Start zmqmsg in a network that drops packets, after the shell script ``prepare``."""
+
+    def silent(prepare: str, *arguments: str) -> Process:
+        (tmp_path / "prepare").write_text(prepare)
+        return inside(SILENT, *arguments)
+
+    return silent
+
+
+def ports_that_connect(pid: int) -> set[str]:
+    """Return the local ports from which a process's network connects, without an answer yet."""
+    rows = [line.split() for line in Path(f"/proc/{pid}/net/tcp").read_text().splitlines()]
+    return {local for _, local, _, state, *_ in rows if state == "02"}
+
+
+def test_after_an_outage_that_drops_packets_send_connects_by_a_new_attempt(
+    silent: Inside, tmp_path: Path
+) -> None:
+    """The system repeats the first packet of an old one ever more rarely."""
+    end_of_outage = """
+    for _ in $(seq 1200); do
+        [ -e over ] && break
+        sleep 0.1
+    done
+    ip addr add 192.0.2.1/32 dev lo
+    exec "$1" -m zmqmsg serve --quiet --count 1 --bind tcp://192.0.2.1:5555
+    """
+    endpoint = "tcp://192.0.2.1:5555"
+    sender = silent(f"({end_of_outage}) &", "send", "--connect", endpoint, "x")
+    sender.wait_for_notice(f"waiting for {endpoint}: ")
+    seen: set[str] = set()
+    # One of them is that of the probe.
+
+    def were_four_tried() -> bool:
+        seen.update(ports_that_connect(sender.pid))
+        return len(seen) >= 4
+
+    until(were_four_tried)
+    (tmp_path / "over").touch()
+    sender.wait_for_notice(f"connected to {endpoint}")
+    assert sender.finish()[:2] == (0, b"x\n")
+    told = [each for each in sender.notices if each.startswith("zmqmsg: waiting for tcp")]
+    assert told == [f"zmqmsg: waiting for {endpoint}: connecting takes long"]
+
+
+@IPV6
+@pytest.mark.parametrize("silent_hosts", [["192.0.2.1"], ["192.0.2.1", "192.0.2.2"]])
+def test_a_name_whose_first_addresses_drop_packets_is_reached_soon(
+    silent: Inside, tmp_path: Path, silent_hosts: list[str]
+) -> None:
+    hosts = [*silent_hosts, "fd00::1"]  # IPv4 is tried first
+    (tmp_path / "hosts").write_text("".join(f"{host} many.example\n" for host in hosts))
+    prepare = """
+        ip addr add fd00::1/64 dev lo nodad
+        "$1" -m zmqmsg serve -qn 1 -b "tcp://[fd00::1]:5555" &
+    """
+    options = ["--timeout", "8", "--retries", "0"]
+    sender = silent(prepare, "send", "--connect", "tcp://many.example:5555", *options, "x")
+    sender.wait_for_notice("listening")
+    assert sender.read_line() == b"x"
+    assert sender.popen.wait() == 0
+
+
+def test_the_reason_names_the_address_that_was_tried_and_each_is_told_once(
+    silent: Inside, tmp_path: Path
+) -> None:
+    (tmp_path / "hosts").write_text("192.0.2.1 two.example\n192.0.2.2 two.example\n")
+    endpoint = "tcp://two.example:5555"
+    sender = silent("", "send", "--connect", endpoint, "--timeout", "12", "x")
+    status, _, notices = sender.finish()
+    assert status == 1
+    for host in ("192.0.2.1", "192.0.2.2"):
+        notice = f"zmqmsg: waiting for {endpoint}: connecting to {host} takes long"
+        assert notices.count(notice) == 1, notices
+    assert re.search(r"192\.0\.2\.[12]", notices[-1])
+
+
+def test_an_interface_that_is_not_there_is_called_that(inside: Inside) -> None:
+    script = f'exec {UNSHARE} -n "$@"'
+    reason = "this machine has no network interface 'nosuch'"
+    sender = inside(script, "send", "--connect", "tcp://[fe80::1%nosuch]:5555", "x")
+    sender.wait_for_notice(f"waiting for .*: {reason}")
+    server = inside(script, "serve", "--bind", "tcp://[fe80::1%nosuch]:5555")
+    assert server.finish()[2] == [f"zmqmsg: cannot bind tcp://[fe80::1%nosuch]:5555: {reason}"]
+
+
 # The default endpoint, in a network where its port is certainly free
 
 

@@ -1,5 +1,6 @@
 """What may be written as an endpoint, and what to write instead of what may not."""
 
+import os
 import re
 from collections.abc import Iterator
 
@@ -52,7 +53,7 @@ def find_fault_of_ipc(endpoint: str) -> str:
     """Return what is wrong with an ipc endpoint, or nothing."""
     if not zmq.has("ipc"):
         return "needs Unix sockets, which ZeroMQ does not have on this system"
-    path = endpoint.encode().removeprefix(b"ipc://")
+    path = os.fsencode(endpoint).removeprefix(b"ipc://")
     if path.startswith(b"@") and not HAS_ABSTRACT_NAMES:
         return "has an abstract name, which only Linux has"
     is_empty = path in (b"", b"@")

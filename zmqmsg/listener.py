@@ -38,7 +38,7 @@ def bound(socket: Socket, endpoint: str, stop: Stop) -> Iterator[str]:
     bind_to_any(socket, endpoint, find_addresses(endpoint, stop))
     inode = os.lstat(path).st_ino if path else None
     try:
-        yield cast(bytes, socket.last_endpoint).rstrip(b"\0").decode()
+        yield os.fsdecode(cast(bytes, socket.last_endpoint).rstrip(b"\0"))
     finally:
         with suppress(OSError):  # libzmq leaves the socket file behind
             # Another server may have replaced it meanwhile.
@@ -96,9 +96,11 @@ def make_room(path: str, endpoint: str) -> None:
     if not os.path.lexists(path):
         return
     if not is_stale_socket(path):
-        raise Failure(
-            f"cannot bind {endpoint}: a server or a file is there already; choose another path"
+        # Whether a socket is stale can be seen only by those who may use it.
+        whose = (
+            "another user's server or file" if is_owned_by_another(path) else "a server or a file"
         )
+        raise Failure(f"cannot bind {endpoint}: {whose} is there already; choose another path")
     try:
         os.unlink(path)
     except PermissionError:

@@ -47,7 +47,8 @@ class Option(click.Option):
             return super().process_value(ctx, value)
         except click.BadParameter as error:
             text = error.message.removesuffix(".")
-            if any(each in text and hides_key(each) for each in strings_of(value)):
+            shows_value = not isinstance(self.type, KeyPath)
+            if shows_value and any(hides_key(each) for each in strings_of(value)):
                 text = "the value is wrong; it is not shown, as it may be a key"
             if is_from_environment(ctx, self):
                 text = f"{text} (from {self.variable(ctx)})"

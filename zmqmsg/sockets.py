@@ -1,6 +1,7 @@
 """What both commands share: sockets are opened, bound and connected; messages go in and out."""
 
 import errno
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -139,10 +140,11 @@ def bind(socket: Socket, endpoint: str) -> str:
     return _attach(socket.bind, socket, endpoint)
 
 
-def _attach(method: Callable[[str], object], socket: Socket, endpoint: str) -> str:
+def _attach(method: Callable[[Any], object], socket: Socket, endpoint: str) -> str:
     socket.ipv6 = "[" in endpoint  # with it, libzmq tries localhost as ::1 alone
     try:
-        method(endpoint)
+        # A path has the bytes that were typed, whatever the locale; pyzmq would encode it in UTF-8.
+        method(os.fsencode(endpoint) if endpoint.startswith("ipc:") else endpoint)
     except zmq.ZMQError as error:
         number = error.errno or 0
         return _REASONS.get(number) or zmq.strerror(number)

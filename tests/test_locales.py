@@ -1,0 +1,128 @@
+"""Arguments are bytes, in any locale: they go out as they came in."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from conftest import COMMAND, LIMIT, LINUX, Send, Start, free_endpoint, stop
+
+pytestmark = LINUX
+
+# Characters of UTF-8, of EUC-JP and of ISO-8859-1, and bytes that are none in some of them
+TYPED = "ü日".encode() + b"\xa4\xa2 \xe9 \xff\xfe\x8f\\"
+
+Environment = dict[str, str]
+
+
+@pytest.fixture(params=["C", "C.UTF-8", "ja_JP.EUC-JP", "de_DE.ISO-8859-1"])
+def environment(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Environment:
+    """Return the environment of a locale, which is made for the test if need be."""
+    locale: str = request.param
+    language, _, encoding = locale.partition(".")
+    if language == "C":
+        return os.environ | {"LC_ALL": locale}
+    if not shutil.which("localedef"):
+        pytest.skip("needs localedef")
+    directory = tmp_path_factory.mktemp("locales")
+    done = subprocess.run(
+        ["localedef", "-i", language, "-f", encoding, str(directory / locale)],
+        capture_output=True,
+        timeout=LIMIT,
+    )
+    if not (directory / locale).exists():
+        pytest.skip(f"localedef cannot make {locale}: {done.stderr.decode(errors='replace')}")
+    return os.environ | {"LC_ALL": locale, "LOCPATH": str(directory)}
+
+
+def test_arguments_go_out_as_they_came_in(
+    environment: Environment, echo: str, send: Send, tmp_path: Path
+) -> None:
+    (tmp_path / os.fsdecode(TYPED)).write_bytes(b"content")
+    files = ["--file", TYPED]
+    done = send("--connect", echo, *files, TYPED, env=environment, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, TYPED + b"\ncontent\n")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--reply", TYPED),
+        ("--exec", b"printf '%s' '" + TYPED + b"'"),
+        ("--filter", b"while read -r _; do printf '%s\\n' '" + TYPED + b"'; done"),
+    ],
+    ids=["reply", "exec", "filter"],
+)
+@pytest.mark.parametrize("in_variable", [False, True], ids=["option", "variable"])
+def test_replies_and_commands_have_the_bytes_that_were_typed(
+    environment: Environment,
+    start: Start,
+    send: Send,
+    option: str,
+    value: bytes,
+    in_variable: bool,
+) -> None:
+    given: dict[bytes, bytes] = {
+        os.fsencode(key): item.encode() for key, item in environment.items()
+    }
+    arguments: list[str | bytes] = [option, value]
+    if in_variable:
+        given[f"ZMQMSG_SERVE_{option[2:].upper()}".encode()] = value
+        arguments = []
+    server = start("serve", "--bind", "tcp://127.0.0.1:*", *arguments, env=given)
+    endpoint = server.wait_for_notice("listening on (.*)")[1]
+    done = send("--connect", endpoint, "x", env=environment)
+    assert (done.returncode, done.stdout) == (0, TYPED + b"\n")
+    assert stop(server)[0] == 0
+
+
+def test_the_path_of_a_socket_has_the_bytes_that_were_typed(
+    environment: Environment, start: Start, send: Send, tmp_path: Path
+) -> None:
+    name = b"\xa4\xa2" if "EUC" in environment["LC_ALL"] else "日".encode()
+    if "8859" in environment["LC_ALL"]:
+        name = b"\xe9"
+    options = {"env": environment, "cwd": tmp_path}
+    server = start("serve", "--count", "1", "--bind", b"ipc://" + name, **options)
+    server.wait_for_notice("listening on ")
+    assert os.listdir(os.fsencode(tmp_path)) == [name]
+    assert send("--connect", b"ipc://" + name, "x", **options).stdout == b"x\n"
+    assert server.finish()[0] == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [b"send", b"x", b"--file", TYPED],
+        [b"send", b"x", b"--connect", TYPED],
+        [b"send", b"x", b"--timeout", TYPED],
+        [b"serve", b"--key", b"/missing/" + TYPED],
+        [b"serve", b"--max-size", TYPED],
+        [b"serve", TYPED],
+        [b"serve", b"--" + TYPED],
+        [TYPED],
+    ],
+    ids=lambda words: b" ".join(words[:2]).decode(errors="replace"),
+)
+def test_wrong_usage_is_one_line_whatever_the_bytes(
+    environment: Environment, arguments: list[bytes]
+) -> None:
+    done = subprocess.run(
+        [*COMMAND, *arguments], env=environment, capture_output=True, timeout=LIMIT
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert done.stderr.startswith(b"zmqmsg: ")
+    assert done.stderr.count(b"\n") == 1
+
+
+def test_a_message_without_a_reply_is_quoted_in_one_line(
+    environment: Environment, send: Send
+) -> None:
+    done = send("--connect", free_endpoint(), "--timeout", "0.5", TYPED, env=environment)
+    assert done.returncode == 1
+    assert done.stderr.count(b"\n") == 1
