@@ -27,8 +27,10 @@ from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 # system call, and a poll six.
 RECEIVE_WAIT_MS = 20
 # While stopping, there is nothing left to answer if nothing comes for this long. libzmq moves
-# messages from a connection to the socket on a thread of its own, 16 at a time.
+# messages from a connection to the socket on a thread of its own, 16 at a time. A broker has many
+# for a worker: on a busy machine, or over a long way, 20 ms may pass between two of them.
 LAST_WAIT_MS = 20
+WORKER_LAST_WAIT_MS = 200
 
 
 def run(
@@ -182,6 +184,7 @@ class Server:
 
     def _answer_all(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> None:
         stop = self._guard.stop
+        last_wait_ms = WORKER_LAST_WAIT_MS if peers else LAST_WAIT_MS
         sockets = listeners
         while self.served != self._count:
             if self._pipe:
@@ -194,7 +197,7 @@ class Server:
                     self._fail_for_waiting(sockets)
                     return
             elif stop.is_requested:
-                if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], LAST_WAIT_MS):
+                if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], last_wait_ms):
                     return
             else:
                 self._answer.check()
