@@ -24,8 +24,10 @@ from zmqmsg.system import leave_signals_to_other_threads, raise_descriptor_limit
 # To wait for a request in recv takes one system call, and in a poll six.
 RECEIVE_WAIT_MS = 20
 # While stopping, there is nothing left to answer if nothing comes for as long: libzmq moves
-# messages from a connection to the socket, 16 at a time, on a thread of its own.
+# messages from a connection to the socket, 16 at a time, on a thread of its own. A broker has many
+# for a worker; on a busy machine, or over a long way, 20 ms may pass between two of them.
 LAST_WAIT_MS = 20
+WORKER_LAST_WAIT_MS = 200
 
 
 def run(
@@ -173,6 +175,7 @@ class Server:
 
     def _answer_all(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> None:
         stop = self._guard.stop
+        last_wait = WORKER_LAST_WAIT_MS if peers else LAST_WAIT_MS
         while self.served != self._count:
             self._check_output()
             sockets = self._update(listeners, peers)
@@ -181,7 +184,7 @@ class Server:
                     self._fail_for_waiting(sockets)
                     return
             elif stop.is_requested():
-                if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], LAST_WAIT_MS):
+                if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], last_wait):
                     return
             else:
                 if not listeners:
