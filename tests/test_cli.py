@@ -99,6 +99,14 @@ def test_help_that_cannot_be_written_is_a_failure_in_one_line(arguments: list[st
     assert (done.returncode, done.stderr) == (1, b"zmqmsg: No space left on device\n")
 
 
+@POSIX
+@pytest.mark.parametrize("arguments", ["--help", "--version", "send --help"])
+def test_help_for_a_closed_output_is_no_success(arguments: str) -> None:
+    script = f'exec "$@" {arguments} >&-'
+    done = subprocess.run(["sh", "-c", script, "sh", *COMMAND], capture_output=True, timeout=LIMIT)
+    assert (done.returncode, done.stderr) == (1, b"zmqmsg: Bad file descriptor\n")
+
+
 @pytest.mark.parametrize(
     "command",
     [COMMAND, pytest.param([str(Path(sys.executable).parent / "zmqmsg")], marks=POSIX)],

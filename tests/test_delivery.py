@@ -203,6 +203,30 @@ def test_a_late_reply_of_an_earlier_attempt_is_no_reply_to_a_later_request(
     assert sender.finish()[:2] == (0, b"reply to the first\nreply to the second\n")
 
 
+@pytest.mark.parametrize("where", ["bound", "worker"])
+def test_a_peer_that_sends_ahead_and_reads_later_gets_all_replies(
+    context: Context, serve: Serve, start: Start, where: str
+) -> None:
+    count = 20_000
+    body = bytes(1000)
+    options = ["--quiet", "--count", str(count)]
+    client = context.socket(zmq.DEALER)
+    client.rcvtimeo = LIMIT * 1000
+    client.sndhwm = 0
+    client.rcvhwm = 16
+    if where == "bound":
+        server, endpoint = serve(*options)
+        client.connect(endpoint)
+    else:
+        server = start("serve", "--connect", bind(client), *options)
+    for number in range(count):
+        client.send_multipart([b"", b"%d " % number + body])
+    server.wait_for_notice(f"{count} requests served")
+    replies = (client.recv_multipart()[1] for _ in range(count))
+    assert [int(reply.split()[0]) for reply in replies] == list(range(count))
+    assert server.finish()[0] == 0
+
+
 # Servers that freeze
 
 

@@ -1,6 +1,7 @@
 """``zmqmsg serve --filter``: a program that stays, a line in and a line out."""
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from zmqmsg.sockets import Context
 
-from conftest import POSIX, Process, Send, Serve, Start, ask, is_running, stop, until
+from conftest import LIMIT, POSIX, Process, Send, Serve, Start, ask, is_running, soak, stop, until
 
 pytestmark = POSIX
 
@@ -80,6 +81,19 @@ def test_a_filter_that_does_not_flush_is_told_of_and_waited_for(
     )
     (tmp_path / "fifo").write_bytes(b"late\n")
     assert client.finish()[:2] == (0, b"late\n")
+
+
+@soak
+def test_a_filter_that_hangs_again_and_again_is_told_of_once_a_minute(
+    context: Context, serve: Serve
+) -> None:
+    server, endpoint = serve("--filter", "while read line; do sleep 1.8; echo $line; done")
+    for _ in range(3):
+        assert ask(context, endpoint, b"x") == [b"x"]
+    notice = "the filter has not answered for a second; .*"
+    server.wait_for_notice(rf"{notice} \(2 more in the last minute\)", 2 * LIMIT)
+    notices = stop(server)[2]
+    assert len([each for each in notices if re.search(notice, each)]) == 2
 
 
 STRAY = "which no request asked for; replies cannot be told apart"

@@ -329,6 +329,25 @@ def test_a_request_without_a_reply_is_sent_again_as_often_as_allowed(
     assert not mute.poll(200)  # nothing more has been sent
 
 
+@POSIX
+def test_a_timeout_ends_though_the_process_is_stopped_again_and_again(
+    context: Context, start: Start
+) -> None:
+    server, endpoint = open_server(context, zmq.REP)
+    sender = start("send", "--connect", endpoint, "--timeout", "1", "--retries", "0", "x")
+    assert server.recv() == b"x"
+    for _ in range(30):
+        sender.signal(signal.SIGSTOP)
+        time.sleep(0.3)  # during which the deadline may pass
+        sender.signal(signal.SIGCONT)
+        time.sleep(0.06)  # less than the last look takes
+        if sender.popen.poll() is not None:
+            break
+    else:
+        pytest.fail("it has not ended")
+    assert sender.finish()[:2] == (3, b"")
+
+
 def test_one_clock_runs_for_connecting_and_replying(context: Context, start: Start) -> None:
     mute, endpoint = open_server(context, zmq.REP)
     delays = iter([2.5])

@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import zmq
 
 from zmqmsg.sockets import Context
 
@@ -19,6 +20,8 @@ from conftest import (
     Start,
     ask,
     descriptors,
+    free_endpoint,
+    is_refused,
     is_running,
     shell,
     stop,
@@ -41,6 +44,40 @@ def test_a_signal_ends_an_idle_server_and_leaves_no_ipc_file_behind(
     notices = ["zmqmsg: listening on ipc://a.sock", "zmqmsg: 1 request served"]
     assert stop(server, number) == (0, b"one\n", notices)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_counts_as_soon_as_the_port_is_open(start: Start) -> None:
+    for _ in range(12):
+        endpoint = free_endpoint()
+        server = start("serve", "--bind", endpoint)
+        while is_refused(endpoint):
+            assert server.popen.poll() is None
+        assert stop(server)[:2] == (0, b"")
+
+
+def test_a_signal_after_the_last_request_changes_no_exit_status(
+    context: Context, serve: Serve
+) -> None:
+    for _ in range(12):
+        server, endpoint = serve("--count", "1")
+        assert ask(context, endpoint, b"x") == [b"x"]
+        server.wait_for_notice("1 request served")
+        assert stop(server)[:2] == (0, b"x\n")
+
+
+def test_a_storm_of_signals_ends_it_without_a_traceback(context: Context, serve: Serve) -> None:
+    server, endpoint = serve("--quiet")
+    client = context.socket(zmq.DEALER)
+    client.sndhwm = client.rcvhwm = 0
+    client.connect(endpoint)
+    for _ in range(20_000):  # that keep its main thread busy
+        client.send_multipart([b"", b"x"])
+    assert client.poll(LIMIT * 1000)
+    for _ in range(5000):
+        os.kill(server.pid, signal.SIGTERM)
+    status, _, notices = server.finish()
+    assert status in (0, 128 + signal.SIGTERM)
+    assert all(notice.startswith("zmqmsg: ") for notice in notices), notices
 
 
 def test_a_signal_that_is_ignored_from_the_start_stays_ignored(

@@ -10,7 +10,21 @@ import zmq
 
 from zmqmsg.sockets import Context, Socket
 
-from conftest import LIMIT, LINUX, POSIX, Send, Serve, Start, ask, broker, memory, open_server, stop
+from conftest import (
+    LIMIT,
+    LINUX,
+    POSIX,
+    Send,
+    Serve,
+    Start,
+    ask,
+    broker,
+    is_running,
+    memory,
+    open_server,
+    stop,
+    until,
+)
 
 BLOCKED_ECHO = """\
 import os, sys, time
@@ -75,6 +89,132 @@ def test_what_takes_longer_than_five_seconds_is_left_and_told_of(
     status, _, notices = stop(server)
     assert status == 1
     assert any("still wait are not answered" in notice for notice in notices), notices
+
+
+# Programs that take long, or hang
+
+COMMAND = "its command had not finished"
+FILTER = "the filter had not answered"
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("option", "command", "why"),
+    [
+        ("--exec", "exec sleep 600", COMMAND),
+        ("--exec", "trap '' TERM INT HUP; sleep 600; sleep 600", COMMAND),
+        ("--exec", "exec >&- <&-; sleep 600", COMMAND),
+        ("--exec", "sleep 600 & echo left", COMMAND),
+        ("--filter", "exec sort", FILTER),
+        ("--filter", "exec sleep 600", FILTER),
+    ],
+    ids=[
+        "a command that hangs",
+        "a command that ignores signals",
+        "a command that has closed its streams",
+        "a command that leaves a program running",
+        "a filter that answers at the end",
+        "a filter that reads nothing",
+    ],
+)
+def test_one_signal_ends_it_whatever_its_command_does(
+    serve: Serve, start: Start, option: str, command: str, why: str
+) -> None:
+    server, endpoint = serve(option, f"echo $$ >&2; {command}")
+    # More than a pipe holds, so that it waits for a filter that does not read.
+    client = start("send", "--connect", endpoint, "--retries", "0", "x" * 100_000)
+    program = int(server.wait_for_notice(r"^(\d+)$")[1])
+    if option == "--filter":
+        server.wait_for_notice("the filter has not answered")
+    status, output, notices = stop(server)
+    assert (status, output) == (1, b"")
+    assert (
+        notices[-1]
+        == f"zmqmsg: 1 request was received and not answered, nor any behind it: {why} after 8 s"
+    )
+    assert client.finish()[:2] == (3, b"")
+    until(lambda: not is_running(program))
+
+
+@POSIX
+@pytest.mark.parametrize(
+    ("option", "end", "reply"),
+    [("--exec", "", b"late\n"), ("--filter", "; cat", b"late")],
+    ids=["command", "filter"],
+)
+def test_what_is_answered_within_eight_seconds_is_answered(
+    serve: Serve, start: Start, option: str, end: str, reply: bytes
+) -> None:
+    server, endpoint = serve(option, f"read line; echo begun >&2; sleep 6; echo late{end}")
+    client = start("send", "--raw", "--connect", endpoint, "--retries", "0", "x\n")
+    server.wait_for_notice("begun")
+    assert stop(server)[:2] == (0, b"x\n\n")
+    assert client.finish()[:2] == (0, reply)
+
+
+SAVING = "cat; sleep {}; echo saved > state"
+KILLED = "the filter was killed: it had not ended"
+
+
+@POSIX
+@pytest.mark.parametrize("how", ["signal", "count"])
+def test_a_filter_has_the_time_to_save_its_state(
+    context: Context, serve: Serve, tmp_path: Path, how: str
+) -> None:
+    count = ["--count", "1"] if how == "count" else []
+    server, endpoint = serve("--filter", SAVING.format(3), *count, cwd=tmp_path)
+    assert ask(context, endpoint, b"x") == [b"x"]
+    if how == "signal":
+        server.signal(signal.SIGTERM)
+    assert server.finish()[:2] == (0, b"x\n")
+    assert (tmp_path / "state").read_text() == "saved\n"
+
+
+@POSIX
+@pytest.mark.parametrize("how", ["signal", "count"])
+def test_a_filter_that_takes_longer_to_end_is_killed_and_told_of(
+    context: Context, serve: Serve, tmp_path: Path, how: str
+) -> None:
+    count = ["--count", "1"] if how == "count" else []
+    filter_command = f"echo $$ >&2; {SAVING.format(600)}"
+    server, endpoint = serve("--filter", filter_command, *count, cwd=tmp_path)
+    program = int(server.wait_for_notice(r"^(\d+)$")[1])
+    assert ask(context, endpoint, b"x") == [b"x"]
+    if how == "signal":
+        server.signal(signal.SIGTERM)
+    status, output, notices = server.finish()
+    assert (status, output) == (1, b"x\n")
+    told = f"{KILLED} 5 s after its input" if how == "count" else f"{KILLED} after 8 s"
+    assert notices[-1] == f"zmqmsg: {told}"
+    until(lambda: not is_running(program))
+
+
+# Workers with a backlog
+
+ECHO = pytest.param([], 800, id="echo")
+FILTER_ECHO = pytest.param(["--filter", "cat"], 800, id="filter")
+COMMAND_ECHO = pytest.param(["--exec", "cat"], 60, id="command")
+
+
+@POSIX
+@pytest.mark.parametrize("size", [1, 20_000], ids=["small", "large"])
+@pytest.mark.parametrize(("options", "count"), [ECHO, FILTER_ECHO, COMMAND_ECHO])
+def test_a_worker_answers_its_whole_backlog_before_it_stops(
+    context: Context, start: Start, options: list[str], count: int, size: int
+) -> None:
+    dealer, back = open_server(context, zmq.DEALER)
+    dealer.sndhwm = dealer.rcvhwm = 0
+    worker = start("serve", "--quiet", "--connect", back, *options)
+    worker.wait_for_notice("connected to")
+    worker.signal(signal.SIGSTOP)
+    requests = [b"%d " % number + b"x" * size for number in range(count)]
+    for body in requests:
+        dealer.send_multipart([b"", body])
+    worker.signal(signal.SIGTERM)
+    worker.signal(signal.SIGCONT)
+    assert [dealer.recv_multipart()[1] for _ in requests] == requests
+    status, _, notices = worker.finish()
+    assert (status, notices[-1]) == (0, f"zmqmsg: {count} requests served")
 
 
 @LINUX

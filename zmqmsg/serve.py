@@ -122,7 +122,7 @@ def flush(context: Context, server: "Server", guard: Guard) -> None:
     guard.stalls.withdraw(STOPPING)
     leave_signals_to_other_threads()  # pyzmq gives term() up if a signal interrupts it
     with (
-        guard.naming_loss("the last reply may not have reached its client: it was not read"),
+        guard.naming_loss("the last reply may not have reached its client: it had not been read"),
         guard.stalls.expecting(
             f"waiting for the last reply to reach its client; {end} at once", NOTICE_DELAY
         ),

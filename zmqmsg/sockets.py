@@ -148,6 +148,8 @@ def _attach(method: Callable[[Any], object], socket: Socket, endpoint: str) -> s
     except zmq.ZMQError as error:
         number = error.errno or 0
         return _REASONS.get(number) or zmq.strerror(number)
+    except TypeError:  # pyzmq cannot describe ENOENT if the endpoint is bytes
+        return _REASONS[errno.ENOENT]
     return ""
 
 
