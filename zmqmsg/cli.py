@@ -84,7 +84,7 @@ def shared_options(function: Callable[..., None]) -> Callable[..., None]:
         option(
             "--max-size", type=SIZE, default="64M", show_default=True, help="Refuse larger frames."
         ),
-        option("--key", type=KEY_FILE, help="Your CURVE secret key file; created if missing."),
+        option("--key", type=KEY_FILE, help="Your CURVE secret key; created if missing."),
     ]
     for decorate in reversed(decorators):
         function = decorate(function)

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from socket import socket  # imported below only in trouble: it takes 3 ms
 
 # Times, in seconds
-GREETING_DELAY = 5.0  # after which a peer that has not greeted is likely to be no ZeroMQ, or hung
 STEP_LIMIT = 60.0  # in which a peer has to take the next step before the probe ends
 ADDRESS_LIMIT = 3.0  # in which one of several addresses has to accept a connection
 
@@ -65,6 +64,7 @@ class Expected(NamedTuple):
     socket_types: Collection[str]
     curve: bool  # whether we use CURVE
     was_ready: bool  # whether such a peer has been there, so that the port is certainly right
+    patience: float  # seconds after which a peer that says nothing is likely to be no such peer
 
 
 class Stream:
@@ -164,7 +164,7 @@ def greet(stream: Stream, expected: Expected) -> Iterator[Finding]:
     yield Finding(silent)
     stream.send(SIGNATURE)
     with suppress(TimeoutError):
-        stream.read_at_least(1, GREETING_DELAY)
+        stream.read_at_least(1, expected.patience)
     if not stream.received:
         guess = "the server may be hung" if expected.was_ready else "wrong port, or a hung server?"
         yield Finding(f"{silent}; {guess}")

@@ -33,6 +33,9 @@ RESOLVE_INTERVAL = 1.0  # after a name could not be resolved, until it is tried 
 # look counts as one that was sent.
 UPDATE_INTERVAL = 0.001
 SETTLE_DELAY = 0.5  # that a transient state has to last before the user is told of it
+# After which a peer that has not greeted is likely to be no ZeroMQ, or hung. If all is said in one
+# last line, it should be in that line.
+GREETING_DELAY, BRIEF_GREETING_DELAY = 5.0, 0.2
 MIN_PAUSE, MAX_PAUSE = 0.002, 0.3  # between updates while the peer is not ready
 MAX_WAIT = 1.0  # of a poll
 
@@ -82,7 +85,8 @@ class Peer:
         """Set all that belongs to one wait for the peer; nothing of an earlier wait is left."""
         is_req = self.link.socket.type == zmq.REQ
         accepted_types = ("REP", "ROUTER") if is_req else ("DEALER", "REQ")
-        expected = Expected(accepted_types, self.link.uses_curve, self.was_ready)
+        patience = BRIEF_GREETING_DELAY if self._brief else GREETING_DELAY
+        expected = Expected(accepted_types, self.link.uses_curve, self.was_ready, patience)
         self.ready = False  # whether requests may be sent over the link
         self.finding = NO_ANSWER  # why not
         self._found_at = time.monotonic()  # when that was found
