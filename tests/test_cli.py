@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zmq
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 
 from zmqmsg.cli import cli
 
-from conftest import COMMAND, LIMIT, LINUX, POSIX, Serve, free_endpoint
+from conftest import COMMAND, LIMIT, LINUX, POSIX, Send, Serve, free_endpoint
 
 NOT_OURS = "tcp://192.0.2.1:1"  # an address that no machine has, so that nothing can be bound
 
@@ -41,6 +42,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("serve --max-size 12parsecs", ["'12parsecs'", "64M"]),
         ("send --max-size 511", ["'511'", "512 at least"]),
         ("send --max-size 9999999999G", ["'9999999999G'", "1024G at most"]),
+        ("send --max-size 64MB", ["'64MB'", "64M"]),
+        ("send --max-size 64.5M", ["'64.5M'", "64M"]),
         ("serve --key -", ["'--key'", "'-'"]),
         ("send -t 0", ["'--timeout'", "'0'", "above 0"]),
         ("send -t nan", ["'--timeout'", "'nan'"]),
@@ -52,6 +55,8 @@ def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]
         ("serve --reply a --exec b", ["--reply", "--exec"]),
         ("serve --exec=", ["--exec needs a command", "cat"]),
         ("serve --filter=", ["--filter needs a command", "cat"]),
+        ("send --key k", ["--key needs --server-key", "send --help"]),
+        ("serve --quoted --reply a\\q", ["--reply", "a\\q", "serve --help"]),
         ("send --raw -0", ["--null", "--raw"]),
         ("serve -Q --raw", ["--quoted", "--raw"]),
         ("--verbose send hi", ["'--verbose'", "zmqmsg --help"]),
@@ -145,6 +150,89 @@ def test_too_few_descriptors_are_told_in_one_line(arguments: str) -> None:
         assert done.stderr.count(b"\n") == 1, limit
 
 
+# Warnings of Python
+
+DEVELOPMENT = [sys.executable, "-X", "dev", "-W", "error", *COMMAND[1:]]
+
+
+def warnings_of(*arguments: str, **options: Any) -> list[str]:
+    """Run zmqmsg to its end in Python's development mode; return what is no notice."""
+    done = subprocess.run(
+        [*DEVELOPMENT, *arguments],
+        input="lines\n",
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=LIMIT,
+        **options,
+    )
+    return [line for line in done.stderr.splitlines() if not line.startswith("zmqmsg: ")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--version",
+        "serve --help",
+        "serve --reply a --exec b",
+        f"serve --bind {NOT_OURS} --filter cat",
+        f"serve --bind {NOT_OURS} --key KEY",
+        f"serve --bind {NOT_OURS} --key KEY --client-keys DIRECTORY",
+        "serve --bind ipc:///missing/socket",
+        "send --connect ECHO",
+        "send --connect ECHO --verbose x y",
+        "send --connect ECHO --multipart --file - x",
+        "send --connect ECHO --quoted x\\q",
+        "send --connect ECHO --key KEY --server-key KEY.pub --timeout 1 x",
+        "send --connect FREE --timeout 0.6 x",
+        "send --connect tcp://a..b:1 --timeout 0.6 x",
+    ],
+)
+@POSIX
+def test_python_has_nothing_to_warn_of(arguments: str, echo: str, tmp_path: Path) -> None:
+    assert warnings_of("send", "--key", "KEY", "--server-key", "KEY", cwd=tmp_path) == []
+    subprocess.run([*COMMAND, "serve", "--bind", NOT_OURS, "--key", tmp_path / "KEY"])
+    words = {"ECHO": echo, "FREE": free_endpoint(), "DIRECTORY": "."}
+    assert warnings_of(*(words.get(word, word) for word in arguments.split()), cwd=tmp_path) == []
+
+
+@POSIX
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--exec", "cat"],
+        ["--exec", "cat; exit 3"],
+        ["--filter", "cat"],
+        ["--filter", "read -r line; echo $line"],
+        ["--filter", "cat; sleep 600"],
+        ["--verbose", "--quoted"],
+    ],
+    ids=lambda options: " ".join(options) or "echo",
+)
+@pytest.mark.parametrize("end", ["count", "signal", "two signals"])
+def test_python_has_nothing_to_warn_of_a_server(options: list[str], end: str, send: Send) -> None:
+    count = ["--count", "1"] if end == "count" else []
+    with subprocess.Popen(
+        [*DEVELOPMENT, "serve", "--bind", "tcp://127.0.0.1:*", *options, *count],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        assert server.stderr
+        endpoint = server.stderr.readline().split()[-1]
+        assert send("--connect", endpoint, "--retries", "0", "x").stdout == b"x\n"
+        if end != "count":
+            server.terminate()
+        lines = []
+        for line in server.stderr:
+            lines.append(line)
+            if end == "two signals" and "stopping" in line:
+                server.terminate()
+        assert [line for line in lines if not line.startswith("zmqmsg: ")] == []
+
+
 # The environment
 
 OPTIONS = [
@@ -200,6 +288,52 @@ def test_a_variable_without_a_value_is_the_option_without_one(
     """A secret that renders empty must not turn authentication off."""
     assert status_of(command, f"{option}=") == 2
     assert status_of(command, **{variable(command, option): value}) == 2
+
+
+CONTRADICTIONS = [
+    ("serve --filter cat", {"EXEC": "cat"}, ["EXEC"]),
+    ("serve", {"EXEC": "cat", "FILTER": "cat"}, ["EXEC", "FILTER"]),
+    ("serve", {"CLIENT_KEYS": "."}, ["CLIENT_KEYS"]),
+    ("serve", {"SERVER_KEY": "key"}, ["SERVER_KEY"]),
+    ("serve --quoted", {"REPLY": "\\q"}, ["REPLY"]),
+    ("send --raw x", {"NULL": "1"}, ["NULL"]),
+    ("send", {"MULTIPART": "1"}, ["MULTIPART"]),
+    ("send x", {"KEY": "key"}, ["KEY"]),
+    ("send x", {"CONNECT": "tcp://127.0.0.1:1 localhost:2"}, ["CONNECT"]),
+    ("send x", {"FILE": os.pathsep.join([os.devnull, "missing"])}, ["FILE"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "variables", "named"), CONTRADICTIONS)
+def test_a_variable_is_named_where_it_causes_an_error(
+    arguments: str, variables: dict[str, str], named: list[str]
+) -> None:
+    command, *options = arguments.split()
+    prefix = f"ZMQMSG_{command.upper()}_"
+    done = run(command, *options, **{prefix + name: value for name, value in variables.items()})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith(f"; see 'zmqmsg {command} --help'\n")
+    assert re.findall(r"\(from (\w+)\)", done.stderr) == [prefix + name for name in named]
+
+
+@pytest.mark.parametrize(("command", "option"), OPTIONS)
+def test_a_variable_with_a_wrong_value_is_named(command: str, option: str) -> None:
+    other = {"--reply": ["--exec", "cat"], "--exec": ["--reply", "x"], "--filter": ["--reply", "x"]}
+    name = variable(command, option)
+    environment = {"ZMQMSG_SERVE_BIND": NOT_OURS} | {name: "/dev/null/wrong"}
+    done = run(command, *other.get(option, []), **environment)
+    assert done.returncode == 2
+    assert f"(from {name})" in done.stderr
+
+
+def test_a_variable_is_not_named_where_an_option_causes_the_error() -> None:
+    done = run("send", "--timeout", "5s", "x", ZMQMSG_SEND_TIMEOUT="5", ZMQMSG_SEND_QUOTED="1")
+    assert done.returncode == 2
+    assert "ZMQMSG" not in done.stderr
+
+
+def test_a_large_size_is_accepted_without_a_unit() -> None:
+    assert status_of("serve", "--max-size", "20000000000") == 1  # nothing can be bound
 
 
 @pytest.mark.parametrize("value", ["", "  "], ids=["empty", "blank"])

@@ -928,6 +928,62 @@ def test_one_server_has_clients_of_its_own_and_a_broker_that_knows_it(
         assert server.finish()[:2] == (0, b"direct\nindirect\n")
 
 
+# Who asks, for a command
+
+SHOW_CLIENT = 'echo "${ZMQMSG_PEER-none} ${ZMQMSG_PEER_KEY-none}"'
+SHOW_CLIENT_OF_EACH = f"while read -r _; do {SHOW_CLIENT}; done"
+INHERITED = {"ZMQMSG_PEER": "inherited", "ZMQMSG_PEER_KEY": "inherited"}
+
+
+@POSIX
+def test_a_command_finds_the_clients_address_and_the_name_of_its_key(
+    keys: Keys, clients: Path, guarded: Serve, send: Send
+) -> None:
+    """The name is that of our file, whatever is in it."""
+    name = "a b;$(id)'.key"
+    shutil.copy(keys.alice.public, clients / name)
+    _, endpoint = guarded("--exec", SHOW_CLIENT)
+    done = send("--connect", endpoint, *as_client(keys.alice, keys.server), "x")
+    assert done.stdout.decode() == f"127.0.0.1 {name}\n\n"
+
+
+@POSIX
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_a_command_finds_nothing_that_the_client_chose(
+    context: Context, keys: Keys, serve: Serve, encrypted: bool
+) -> None:
+    options = ["--key", str(keys.server.secret)] if encrypted else []
+    _, endpoint = serve("--exec", SHOW_CLIENT, *options, env=os.environ | INHERITED)
+    with context.socket(zmq.REQ) as client:
+        client.linger = 0
+        client.routing_id = b"chosen"
+        for name in ("User-Id", "Peer-Address", "X-User-Id"):
+            with suppress(zmq.ZMQError):
+                client.setsockopt(zmq.METADATA, f"{name}:chosen".encode())
+        if encrypted:
+            client.curve_publickey, client.curve_secretkey = keys.alice.key
+            client.curve_serverkey = keys.server.key.public
+        client.connect(endpoint)
+        client.send(b"x")
+        assert client.poll(LIMIT * 1000)
+        assert client.recv() == b"127.0.0.1 none\n"
+
+
+@POSIX
+def test_over_a_unix_socket_a_command_finds_the_clients_process(
+    serve: Serve, send: Send, tmp_path: Path
+) -> None:
+    _, endpoint = serve("--bind", f"ipc://{tmp_path}/socket", "--exec", SHOW_CLIENT)
+    shown = send("--connect", endpoint, "x").stdout
+    assert re.fullmatch(rb"(process \d+|none) none\n\n", shown)
+
+
+@POSIX
+def test_a_filter_finds_no_client_as_it_answers_many(serve: Serve, send: Send) -> None:
+    _, endpoint = serve("--filter", SHOW_CLIENT_OF_EACH, env=os.environ | INHERITED)
+    assert send("--connect", endpoint, "x").stdout == b"none none\n"
+
+
 # Secrets stay secret
 
 

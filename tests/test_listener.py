@@ -1,15 +1,17 @@
 """What ``serve --verbose`` says of clients that do not get through."""
 
 import re
+import signal
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import zmq
 
 from zmqmsg.sockets import Context
 
-from conftest import LIMIT, POSIX, Send, Serve, address, ask, stop
+from conftest import LIMIT, POSIX, Send, Serve, Start, address, ask, stop
 
 FAILED = "zmqmsg: a client from 127.0.0.1 did not get through: "
 HUNG_UP = "it hung up during the handshake"
@@ -65,3 +67,46 @@ def test_many_connections_hold_nobody_up_and_few_are_told_of(
     assert ask(context, endpoint, b"y") == [b"y"]
     time.sleep(0.2)  # no notices must come late
     assert len(stop(server)[2]) < 40
+
+
+@POSIX
+@pytest.mark.parametrize("kind", ["tcp", "ipc"])
+def test_nothing_is_said_of_clients_that_look_why_they_have_to_wait(
+    serve: Serve, start: Start, tmp_path: Path, kind: str
+) -> None:
+    bind = "tcp://127.0.0.1:*" if kind == "tcp" else f"ipc://{tmp_path}/socket"
+    server, endpoint = serve("--verbose", "--bind", bind)
+    server.signal(signal.SIGSTOP)
+    clients = [start("send", "--connect", endpoint, "x") for _ in range(3)]
+    for client in clients:
+        client.wait_for_notice("no ZeroMQ greeting yet")
+    server.signal(signal.SIGCONT)
+    for client in clients:
+        assert client.finish()[:2] == (0, b"x\n")
+    time.sleep(3)  # no notice must come within the time that a client has to come back
+    assert [notice for notice in stop(server)[2] if "did not get through" in notice] == []
+
+
+@pytest.mark.parametrize("with_key", [False, True])
+def test_a_client_with_plain_passwords_is_told_of_by_what_is_known(
+    context: Context, serve: Serve, tmp_path: Path, with_key: bool
+) -> None:
+    options = ["--key", f"{tmp_path}/server.key_secret"] * with_key
+    server, endpoint = serve("--verbose", *options)
+    client = context.socket(zmq.REQ)
+    client.plain_username, client.plain_password = b"user", b"password"
+    client.connect(endpoint)
+    known = "it uses no keys, and" if with_key else r"it uses keys \(or PLAIN\), and"
+    server.wait_for_notice(f"{FAILED}({known} this server.*|{HUNG_UP})$")
+    assert not [notice for notice in server.notices if "ZMTP" in notice or " or it " in notice]
+
+
+@POSIX
+def test_a_local_client_that_hangs_up_at_once_has_an_address(serve: Serve, tmp_path: Path) -> None:
+    server, endpoint = serve("--verbose")
+    socket.create_connection(address(endpoint), LIMIT).close()
+    server.wait_for_notice(FAILED + HUNG_UP)
+    server, _ = serve("--verbose", "--bind", f"ipc://{tmp_path}/socket")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(f"{tmp_path}/socket")
+    server.wait_for_notice(f"a client from a Unix socket did not get through: {HUNG_UP}")

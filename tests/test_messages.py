@@ -283,6 +283,103 @@ def test_a_closed_reader_ends_send_quietly_at_the_next_write(
     assert not [notice for notice in client.notices if "output" in notice]
 
 
+def close_reader(process: Process) -> None:
+    assert process.popen.stdout
+    process.popen.stdout.close()
+
+
+@POSIX
+@pytest.mark.parametrize("options", [[], ["--filter", "cat"], ["--exec", "cat"], ["--verbose"]])
+def test_serve_ends_by_itself_when_its_reader_has_gone(
+    serve: Serve, send: Send, options: list[str]
+) -> None:
+    """As ``serve | head -n 1`` does, before it takes a request that it could not print."""
+    server, endpoint = serve(*options)
+    assert send("--connect", endpoint, "one").returncode == 0
+    assert server.read_line() == b"one"
+    close_reader(server)
+    assert server.wait() == 1
+    assert server.notices.count("zmqmsg: standard output is closed") == 1
+
+
+@POSIX
+def test_a_worker_that_waits_ends_when_its_reader_has_gone(start: Start) -> None:
+    worker = start("serve", "--connect", free_endpoint())
+    worker.wait_for_notice("waiting for")
+    close_reader(worker)
+    assert worker.wait() == 1
+
+
+@POSIX
+def test_without_requests_to_print_no_reader_is_needed(serve: Serve, send: Send) -> None:
+    server, endpoint = serve("--quiet", "--count", "2")
+    assert send("--connect", endpoint, "one").returncode == 0
+    close_reader(server)
+    assert send("--connect", endpoint, "two").stdout == b"two\n"
+    assert server.wait() == 0
+
+
+@POSIX
+def test_send_sends_nothing_more_when_its_reader_has_gone(serve: Serve, start: Start) -> None:
+    server, endpoint = serve("--count", "2")
+    client = start("send", "--connect", endpoint)
+    client.send_line(b"one")
+    assert client.read_line() == b"one"
+    close_reader(client)
+    client.send_line(b"never sent")
+    assert (client.wait(), client.notices) == (1, ["(end)"])
+    assert start("send", "--connect", endpoint, "two").wait() == 0
+    assert server.finish()[:2] == (0, b"one\ntwo\n")
+
+
+@POSIX
+def test_send_waits_for_no_server_when_its_reader_has_gone(start: Start) -> None:
+    client = start("send", "--connect", free_endpoint(), "x")
+    client.wait_for_notice("waiting for tcp")
+    close_reader(client)
+    assert (client.wait(), len(client.notices)) == (1, 2)
+
+
+@POSIX
+def test_send_waits_for_no_reply_when_its_reader_has_gone(context: Context, start: Start) -> None:
+    _mute, endpoint = open_server(context, zmq.REP)
+    client = start("send", "--connect", endpoint, "x")
+    client.wait_for_notice("waiting for a reply")
+    close_reader(client)
+    assert (client.wait(), client.notices[-2]) == (3, "zmqmsg: standard output is closed")
+
+
+# Byte order marks
+
+
+@pytest.mark.parametrize(
+    ("mark", "name"),
+    [
+        (b"\xef\xbb\xbf", "UTF-8"),
+        (b"\xff\xfe", "UTF-16"),
+        (b"\xfe\xff", "UTF-16"),
+    ],
+)
+@pytest.mark.parametrize("options", [[], ["--null"]])
+def test_a_byte_order_mark_in_standard_input_is_sent_and_told(
+    echo: str, send: Send, mark: bytes, name: str, options: list[str]
+) -> None:
+    done = send("--connect", echo, *options, input=mark + b"one\n" + mark + b"two")
+    end = b"\0" if options else b"\n"
+    assert (done.returncode, done.stdout) == (0, mark + b"one\n" + mark + b"two" + end)
+    told = [line for line in done.stderr.decode().splitlines() if "byte order mark" in line]
+    assert len(told) == 1
+    assert name in told[0]
+
+
+def test_a_byte_order_mark_in_a_file_or_an_argument_is_not_told(
+    echo: str, send: Send, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_bytes(b"\xef\xbb\xbfone")
+    done = send("--connect", echo, "--file", f"{tmp_path}/file", "\ufefftwo")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 # Streams that are full or closed
 
 

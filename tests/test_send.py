@@ -3,13 +3,15 @@
 import ctypes
 import os
 import re
+import select
 import shlex
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from conftest import (
     Send,
     Serve,
     Start,
+    address,
     await_end,
     free_endpoint,
     listening,
@@ -347,6 +350,104 @@ def test_a_timeout_ends_though_the_process_is_stopped_again_and_again(
     else:
         pytest.fail("it has not ended")
     assert sender.finish()[:2] == (3, b"")
+
+
+# A check of 5 seconds at most that fails
+
+
+@pytest.mark.parametrize(
+    ("talk", "status", "line"),
+    [
+        (None, 1, "no server at .*: connection refused"),
+        (partial(say, b""), 1, f"no server at .*: {MUTE}"),
+        (partial(say, greeting(b"CURVE")), 1, "it requires CURVE"),
+        (
+            "no reply",
+            3,
+            "no reply to 'ping' .*: no reply from .* within 3 s; the server may be slow",
+        ),
+        ("lost", 3, "no reply to 'ping' .*: connection to .* lost; the request may have crashed"),
+    ],
+    ids=["refused", "mute", "needs keys", "no reply", "lost"],
+)
+def test_a_brief_check_that_fails_prints_one_line(
+    context: Context, send: Send, talk: Talk | str | None, status: int, line: str
+) -> None:
+    options = ["--timeout", "3", "--retries", "0", "ping"]
+    with ExitStack() as stack:
+        if talk is None:
+            endpoint = free_endpoint()
+        elif talk == "no reply":
+            _mute, endpoint = open_server(context, zmq.REP)
+        elif talk == "lost":
+            endpoint = stack.enter_context(loses_requests(context, after=1.5))
+        else:
+            assert callable(talk)
+            endpoint = stack.enter_context(listening(talk))
+        done = send("--connect", endpoint, *options)
+    assert (done.returncode, done.stdout) == (status, b"")
+    assert re.fullmatch(f"zmqmsg: .*{line}.*\n", done.stderr.decode())
+
+
+def test_a_brief_check_that_succeeds_late_says_nothing(context: Context, start: Start) -> None:
+    endpoint = free_endpoint()
+    sender = start("send", "--connect", endpoint, "--timeout", "5", "ping")
+    time.sleep(1.5)  # longer than any wait that is told otherwise
+    server, _ = open_server(context, zmq.REP, endpoint)
+    server.send(server.recv())
+    assert sender.finish() == (0, b"ping\n", [])
+
+
+# What it may mean that the connection is lost
+
+
+@contextmanager
+def loses_requests(context: Context, after: float) -> Iterator[str]:
+    """Yield an endpoint whose connections end that many seconds after they have begun."""
+    _server, endpoint = open_server(context, zmq.ROUTER)
+
+    def talk(near: socket.socket) -> None:
+        with socket.create_connection(address(endpoint), LIMIT) as far:
+            end = time.monotonic() + after
+            while (left := end - time.monotonic()) > 0:
+                for ready in select.select([near, far], [], [], left)[0]:
+                    (far if ready is near else near).sendall(ready.recv(65536))
+
+    with listening(talk) as here:
+        yield here
+
+
+@pytest.mark.parametrize("options", [["--retries", "0"], [], ["--timeout", "20"]])
+@pytest.mark.parametrize("frames", [["{path}"], ["{path}", "small"]])
+def test_a_message_above_the_servers_limit_is_told_with_its_size(
+    serve: Serve, send: Send, tmp_path: Path, options: list[str], frames: list[str]
+) -> None:
+    (tmp_path / "large").write_bytes(b"x" * 5000)
+    _, endpoint = serve("--max-size", "1000")
+    files = ["--multipart", "--file", f"{tmp_path}/large", *(["small"] if len(frames) > 1 else [])]
+    done = send("--connect", endpoint, *options, *files)
+    assert done.returncode == 3
+    last = done.stderr.decode().splitlines()[-1]
+    assert "its frame of 5000 bytes exceeds the server's --max-size" in last
+
+
+def test_connections_that_are_lost_after_the_same_time_point_to_a_proxy(
+    context: Context, send: Send
+) -> None:
+    with loses_requests(context, after=3.0) as endpoint:
+        done = send("--connect", endpoint, "--retries", "1", "x")
+        once = send("--connect", endpoint, "--retries", "0", "x")
+    assert (done.returncode, once.returncode) == (3, 3)
+    last = done.stderr.decode().splitlines()[-1]
+    assert "a proxy or tunnel on the way may end idle connections after" in last
+    assert b"proxy" not in once.stderr  # once is no pattern
+
+
+def test_connections_that_are_lost_at_once_point_to_no_proxy(context: Context, send: Send) -> None:
+    with loses_requests(context, after=0.5) as endpoint:
+        done = send("--connect", endpoint, "--retries", "2", "x")
+    assert done.returncode in (1, 3)
+    assert b"proxy" not in done.stderr
 
 
 def test_one_clock_runs_for_connecting_and_replying(context: Context, start: Start) -> None:

@@ -258,6 +258,31 @@ def test_there_is_no_hint_when_no_lines_are_typed(
     assert HINT not in on_terminal(*arguments, streams=streams)
 
 
+@LINUX
+@pytest.mark.parametrize("options", [[], ["--quoted"]])
+def test_a_line_that_the_terminal_has_cut_is_told_with_what_takes_longer_ones(
+    echo: str, start: Start, terminal: Terminal, options: list[str]
+) -> None:
+    client = start("send", "--connect", echo, *options, env=PLAIN, **terminal.all())
+    terminal.read_until(HINT + b"\n")
+    terminal.type(b"x" * 4000 + b"\n")
+    assert terminal.read_until(b"x\n") == b"x" * 4000 + b"\n"
+    terminal.type(b"y" * 4500 + b"\n")
+    notice = terminal.read_until(b"y\n")
+    assert notice.startswith(b"zmqmsg: line 2 may have been cut: ")
+    assert b"4095 bytes" in notice
+    assert b"--file or a pipe" in notice
+    assert notice.endswith(b"\n" + b"y" * 4095 + b"\n")
+    terminal.type(CTRL_D)
+    assert client.wait() == 0
+
+
+def test_a_line_of_that_length_from_a_pipe_is_not_cut(echo: str, send: Send) -> None:
+    done = send("--connect", echo, input=b"x" * 4095 + b"\n" + b"y" * 4096 + b"\n")
+    assert done.stdout == b"x" * 4095 + b"\n" + b"y" * 4096 + b"\n"
+    assert b"cut" not in done.stderr
+
+
 # The progress bar
 
 

@@ -134,3 +134,51 @@ def test_a_reply_that_ctrl_break_has_cut_off_is_not_sent(
     assert (status, output) == (0, b"")
     assert "not answered: its command was stopped, too" in notices[-2]
     assert client.finish()[:2] == (3, b"")
+
+
+REVERSE = """\
+import sys
+
+for number, line in enumerate(sys.stdin, start=1):
+    print(number, line.rstrip("\\n")[::-1], flush=True)
+"""
+
+
+@pytest.mark.parametrize("variable", [None, "1", "0"])
+def test_a_program_in_python_reads_and_prints_utf_8_unless_it_is_told_otherwise(
+    serve: Serve, send: Send, tmp_path: Path, variable: str | None
+) -> None:
+    (tmp_path / "reverse.py").write_text(REVERSE)
+    environment = {name: os.environ[name] for name in os.environ if name != "PYTHONUTF8"}
+    if variable:
+        environment["PYTHONUTF8"] = variable
+    _, endpoint = serve("--filter", f"{PYTHON} {tmp_path}/reverse.py", env=environment)
+    done = send("--connect", endpoint, "\u00fcml\u00e4ut")
+    is_utf_8 = done.stdout.decode(errors="replace") == "1 tu\u00e4lm\u00fc\n"
+    assert is_utf_8 is (variable != "0")
+
+
+def test_with_quoted_a_cr_at_the_end_of_a_line_is_no_part_of_it(echo: str, send: Send) -> None:
+    done = send("--connect", echo, "--quoted", input=b"one\\r\r\ntwo\tx\r\n")
+    assert (done.returncode, done.stdout) == (0, b"one\\r\ntwo\tx\n")
+
+
+def test_a_path_is_shown_as_it_was_typed(send: Send) -> None:
+    for option in (["--file"], ["--server-key"], ["--key"]):
+        other = ["--server-key", r"C:\other"] if option == ["--key"] else []
+        shown = send(*option, r"C:\missing\x", *other, "x").stderr.decode()
+        assert r"C:\\" not in shown
+    assert r"'C:\missing\x' does not exist" in send("--file", r"C:\missing\x").stderr.decode()
+
+
+@pytest.mark.parametrize("command", ["serve", "send"])
+def test_what_is_shown_is_of_windows(start: Start, command: str) -> None:
+    status, page, _ = start(command, "--help").finish()
+    assert status == 0
+    for foreign in (b"'", b"ipc://", b" tr ", b"/dev/null"):
+        assert foreign not in page.replace(b"broker's", b"").replace(b"server's", b"")
+
+
+def test_an_endpoint_without_unix_sockets_is_told_with_one_of_tcp(send: Send) -> None:
+    shown = send("--connect", "ipc:///tmp/socket", "x").stderr
+    assert b"for example tcp://" in shown

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Times, in seconds
 STEP_LIMIT = 60.0  # in which a peer has to take the next step before the probe ends
+HANG_UP_LIMIT = 0.5  # in which a server hangs up on another mechanism
 ADDRESS_LIMIT = 3.0  # in which one of several addresses has to accept a connection
 
 # The greeting of ZMTP 3.0: signature (10 bytes), version (2), mechanism (20), as-server (1) and
@@ -28,7 +29,8 @@ MECHANISM_AT = 12
 MECHANISM_END = 32
 GREETING_SIZE = 64
 VERSION = b"\x03\x00"
-MECHANISM_AND_REST = b"NULL".ljust(20, b"\0") + bytes(32)
+MECHANISM_SIZE = 20
+REST_OF_GREETING = bytes(32)
 # A command of ZMTP 3.0: flags (1 byte), size (1 byte, or 8 if the flags say so), and a body that
 # begins with the command's name. READY has properties: name, size of the value (4 bytes), value.
 LONG_FLAG = 2
@@ -215,7 +217,12 @@ def shake_hands(stream: Stream, expected: Expected) -> Iterator[Finding]:
 
     received = stream.read_at_least(GREETING_SIZE)
     mechanism = received[MECHANISM_AT:MECHANISM_END].rstrip(b"\0").decode(errors="backslashreplace")
-    if mechanism != ("CURVE" if expected.curve else "NULL"):
+    ours = "CURVE" if expected.curve else "NULL"
+    if mechanism != ours:
+        # Otherwise a server that reports such clients could only say that one has hung up.
+        with suppress(OSError):
+            send_mechanism(stream, ours)
+            stream.read_at_least(GREETING_SIZE + 1, HANG_UP_LIMIT)
         reason = f"it requires {mechanism}, which zmqmsg does not speak"
         yield Finding(WRONG_MECHANISM.get(mechanism, reason), hopeless=True)
         return
@@ -223,11 +230,16 @@ def shake_hands(stream: Stream, expected: Expected) -> Iterator[Finding]:
         yield USABLE  # whether it knows our key, libzmq reports
         return
 
-    stream.send(MECHANISM_AND_REST)
+    send_mechanism(stream, ours)
     socket_type = read_socket_type(stream)
     if "REP" in expected.socket_types and socket_type in expected.socket_types:
         stream.send(READY_FROM_REQ)  # or the server would report a client that hangs up
     yield judge(socket_type, expected)
+
+
+def send_mechanism(stream: Stream, mechanism: str) -> None:
+    """Send the rest of our greeting; raise OSError."""
+    stream.send(mechanism.encode().ljust(MECHANISM_SIZE, b"\0") + REST_OF_GREETING)
 
 
 def read_socket_type(stream: Stream) -> str:

@@ -47,8 +47,7 @@ class Option(click.Option):
             return super().process_value(ctx, value)
         except click.BadParameter as error:
             text = error.message.removesuffix(".")
-            shows_value = not isinstance(self.type, KeyPath)
-            if shows_value and any(hides_key(each) for each in strings_of(value)):
+            if any(shows_key(text, each) for each in strings_of(value)):
                 text = "the value is wrong; it is not shown, as it may be a key"
             if is_from_environment(ctx, self):
                 text = f"{text} (from {self.variable(ctx)})"
@@ -61,10 +60,14 @@ def strings_of(value: Any) -> tuple[str, ...]:
     return tuple(each for each in values if isinstance(each, str))
 
 
-def hides_key(text: str) -> bool:
-    """Return whether ``text`` may be a key, and is no address with some of its characters."""
-    is_address = "://" in text or re.search(r":\d{1,5}\s*$", text)
-    return not is_address and looks_like_key(text)
+def shows_key(text: str, value: str) -> bool:
+    """Return whether ``text`` shows a ``value`` that may be a key.
+
+    An address has some of a key's characters, and is none.
+    """
+    is_shown = value in text or repr(value)[1:-1] in text
+    is_address = "://" in value or re.search(r":\d{1,5}\s*$", value)
+    return is_shown and not is_address and looks_like_key(value)
 
 
 class Parsed(click.ParamType[Any]):

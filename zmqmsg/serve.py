@@ -168,9 +168,10 @@ class Server:
         Failure if there is nothing left to serve, if there can be no more replies, if a request
         cannot be printed, or if some still wait when the time for answers is over.
         """
+        is_complete = True
         try:
             with self._answer:
-                self._answer_all(listeners, peers)
+                is_complete = self._answer_all(listeners, peers)
         except Unanswered as unanswered:
             # Whoever signalled our command meant to stop us, too, so this is a normal stop, with
             # status 0. Clients such as zmqmsg send see the connection end, and ask again.
@@ -181,8 +182,13 @@ class Server:
                 requests = count_of(self._unprinted, "request")
                 unprinted = f"; {requests} answered, but not printed"
             raise Failure(f"{self._print_failure}{unprinted}")
+        if not is_complete:
+            raise Failure(
+                f"stopping after {ANSWER_LIMIT:g} s; requests that still wait are not answered"
+            )
 
-    def _answer_all(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> None:
+    def _answer_all(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> bool:
+        """Answer requests until it is time to stop; return whether none was left waiting."""
         stop = self._guard.stop
         last_wait_ms = WORKER_LAST_WAIT_MS if peers else LAST_WAIT_MS
         sockets = listeners
@@ -194,14 +200,14 @@ class Server:
                 sockets = [*listeners, *(peer.link.socket for peer in peers)]
             if self._answer_each(sockets):
                 if stop.is_requested and self._is_late():
-                    self._fail_for_waiting(sockets)
-                    return
+                    return not any(socket.poll(0) for socket in sockets)
             elif stop.is_requested:
                 if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], last_wait_ms):
-                    return
+                    return True
             else:
                 self._answer.check()
                 self._wait(sockets, peers)
+        return True
 
     def _check_reader(self, pipe: Output) -> None:
         """Take no further request if nobody would read it."""
@@ -269,10 +275,3 @@ class Server:
         """Wait for a request, a signal, the end of our reader, or something to do for a peer."""
         descriptors = self._output.descriptors if self._output else []
         poll(peers, [*sockets, *descriptors, *self._guard.stop.sources], math.inf)
-
-    def _fail_for_waiting(self, sockets: Sequence[Socket]) -> None:
-        """Raise Failure if requests still wait for which there is no time left."""
-        if any(socket.poll(0) for socket in sockets):
-            raise Failure(
-                f"stopping after {ANSWER_LIMIT:g} s; requests that still wait are not answered"
-            )

@@ -143,14 +143,19 @@ def bind(socket: Socket, endpoint: str) -> str:
 def _attach(method: Callable[[Any], object], socket: Socket, endpoint: str) -> str:
     socket.ipv6 = "[" in endpoint  # with it, libzmq tries localhost as ::1 alone
     try:
-        # A path has the bytes that were typed, whatever the locale; pyzmq would encode it in UTF-8.
-        method(os.fsencode(endpoint) if endpoint.startswith("ipc:") else endpoint)
+        method(as_typed(endpoint))
+    except TypeError:  # pyzmq cannot describe a path in bytes whose directory is missing
+        return _REASONS[errno.ENOENT]
     except zmq.ZMQError as error:
         number = error.errno or 0
         return _REASONS.get(number) or zmq.strerror(number)
-    except TypeError:  # pyzmq cannot describe ENOENT if the endpoint is bytes
-        return _REASONS[errno.ENOENT]
     return ""
+
+
+def as_typed(endpoint: str) -> str | bytes:
+    """Return ``endpoint`` so that pyzmq, which encodes text in UTF-8, uses the bytes as typed."""
+    data = os.fsencode(endpoint)
+    return endpoint if data == endpoint.encode(errors="surrogateescape") else data
 
 
 def receive(socket: Socket) -> list[zmq.Frame]:
