@@ -3,6 +3,7 @@
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -17,26 +18,31 @@ TYPED = "ü日".encode() + b"\xa4\xa2 \xe9 \xff\xfe\x8f\\"
 Environment = dict[str, str]
 
 
-@pytest.fixture(params=["C", "C.UTF-8", "ja_JP.EUC-JP", "de_DE.ISO-8859-1"])
+@pytest.fixture(params=["C.UTF-8", "ja_JP.EUC-JP", "de_DE.ISO-8859-1"], scope="session")
 def environment(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Environment:
-    """Return the environment of a locale, which is made for the test if need be."""
+    """Return the environment of a locale, which is made once for all tests if need be."""
     locale: str = request.param
-    language, _, encoding = locale.partition(".")
-    if language == "C":
+    if locale == "C.UTF-8":
         return os.environ | {"LC_ALL": locale}
     if not shutil.which("localedef"):
         pytest.skip("needs localedef")
-    directory = tmp_path_factory.mktemp("locales")
-    done = subprocess.run(
-        ["localedef", "-i", language, "-f", encoding, str(directory / locale)],
-        capture_output=True,
-        timeout=LIMIT,
-    )
-    if not (directory / locale).exists():
-        pytest.skip(f"localedef cannot make {locale}: {done.stderr.decode(errors='replace')}")
-    return os.environ | {"LC_ALL": locale, "LOCPATH": str(directory)}
+    language, _, encoding = locale.partition(".")
+    shared = tmp_path_factory.getbasetemp().parent / "locales"  # by the processes of pytest-xdist
+    shared.mkdir(exist_ok=True)
+    if not (shared / locale).exists():
+        draft = tmp_path_factory.mktemp("locales") / locale
+        subprocess.run(
+            ["localedef", "-i", language, "-f", encoding, draft],
+            capture_output=True,
+            timeout=LIMIT,
+        )
+        with suppress(OSError):  # there is none, or another process was faster
+            draft.rename(shared / locale)
+    if not (shared / locale).exists():
+        pytest.skip(f"localedef cannot make {locale}")
+    return os.environ | {"LC_ALL": locale, "LOCPATH": str(shared)}
 
 
 def test_arguments_go_out_as_they_came_in(
