@@ -168,6 +168,20 @@ def test_a_filter_has_the_time_to_save_its_state(
 
 
 @POSIX
+def test_a_filter_that_leaves_requests_has_the_time_to_save_its_state(
+    context: Context, serve: Serve, tmp_path: Path
+) -> None:
+    slow = "while read -r line; do sleep 0.5; echo $line; done; sleep 1.5; echo saved > state"
+    server, endpoint = serve("--filter", slow, cwd=tmp_path)
+    _clients = clients_of(context, endpoint, 20)
+    assert server.read_line().isdigit()
+    status, _, notices = stop(server)
+    assert status == 1
+    assert "still wait are not answered" in notices[-1]
+    assert (tmp_path / "state").read_text() == "saved\n"
+
+
+@POSIX
 @pytest.mark.parametrize("how", ["signal", "count"])
 def test_a_filter_that_takes_longer_to_end_is_killed_and_told_of(
     context: Context, serve: Serve, tmp_path: Path, how: str

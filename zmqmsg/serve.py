@@ -152,6 +152,7 @@ class Server:
         self._client_notices = client_notices
         self._print_failure = ""  # why requests cannot be printed any more
         self._unprinted = 0  # requests that were answered since then
+        self._leaves_requests = False  # whether some still waited when there was no time left
 
     def run(self, listeners: Sequence[Socket], peers: Sequence[Peer] = ()) -> None:
         """Answer what comes to REP sockets, ``listeners`` and those of ``peers``.
@@ -172,6 +173,10 @@ class Server:
                 requests = count_of(self._unprinted, "request")
                 unprinted = f"; {requests} answered, but not printed"
             raise Failure(f"{self._print_failure}{unprinted}")
+        if self._leaves_requests:
+            raise Failure(
+                f"stopping after {ANSWER_LIMIT:g} s; requests that still wait are not answered"
+            )
 
     def _answer_all(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> None:
         stop = self._guard.stop
@@ -181,7 +186,7 @@ class Server:
             sockets = self._update(listeners, peers)
             if self._answer_each(sockets):
                 if stop.has_lasted(ANSWER_LIMIT):
-                    self._fail_for_waiting(sockets)
+                    self._leaves_requests = any(socket.poll(0) for socket in sockets)
                     return
             elif stop.is_requested():
                 if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], last_wait):
@@ -261,10 +266,3 @@ class Server:
         """Wait for a request, a signal, the end of our reader, or something to do for a peer."""
         descriptors = self._output.descriptors if self._output else []
         poll(peers, [*sockets, *descriptors, *self._guard.stop.sources], math.inf)
-
-    def _fail_for_waiting(self, sockets: Sequence[Socket]) -> None:
-        """Raise Failure if requests still wait for which there is no time left."""
-        if any(socket.poll(0) for socket in sockets):
-            raise Failure(
-                f"stopping after {ANSWER_LIMIT:g} s; requests that still wait are not answered"
-            )
