@@ -200,6 +200,20 @@ def test_a_filter_that_takes_longer_to_end_is_killed_and_told_of(
     until(lambda: not is_running(program))
 
 
+@POSIX
+def test_commands_that_crash_leave_no_request_unanswered(context: Context, start: Start) -> None:
+    dealer, back = open_server(context, zmq.DEALER)
+    worker = start("serve", "--quiet", "--connect", back, "--exec", "cat; kill -SEGV $$")
+    worker.wait_for_notice("connected to")
+    worker.signal(signal.SIGSTOP)
+    for number in range(20):
+        dealer.send_multipart([b"", b"%d" % number])
+    worker.signal(signal.SIGTERM)
+    worker.signal(signal.SIGCONT)
+    assert [int(dealer.recv_multipart()[1]) for _ in range(20)] == list(range(20))
+    assert worker.finish()[0] == 0
+
+
 # Workers with a backlog
 
 ECHO = pytest.param([], 800, id="echo")

@@ -281,11 +281,10 @@ class Program(Answer):
     def _was_stopped(self, status: int) -> bool:
         """Return whether a program that ended with ``status`` was killed because we stop.
 
-        A signal to a group of processes may reach us a moment later than the program.
+        A signal to a group of processes may reach us a moment later than the program. Other signals
+        are the program's own: its reply is as good as before.
         """
-        number = killing_signal(status)
-        delay = SIGNAL_DELAY if number in STOP_SIGNALS else 0
-        return number > 0 and self._guard.stop.wait(delay)
+        return killing_signal(status) in STOP_SIGNALS and self._guard.stop.wait(SIGNAL_DELAY)
 
     def _encode(self, request: Request) -> bytes:
         """Return a request as the program reads it, without its end."""
