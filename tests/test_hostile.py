@@ -35,6 +35,7 @@ from conftest import (
     open_server,
     processor_time,
     soak,
+    stop,
     until,
 )
 from zmtp import command, frame, greeting, ready, request
@@ -258,6 +259,48 @@ def test_a_server_without_descriptors_serves_again_when_it_has_some(
     assert early.finish()[:2] == (0, b"")
     server.assert_recovered()
     server.assert_idle()
+
+
+LARGE = "while [ ! -e go ]; do sleep 0.02; done; head -c 200000 /dev/zero | tr '\\0' x"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--reply", "x" * 100_000],
+        ["--exec", f"echo begun >&2; {LARGE}"],
+        ["--filter", f"echo begun >&2; read line; {LARGE}; echo; cat"],
+    ],
+    ids=["reply", "command", "filter"],
+)
+def test_a_large_reply_needs_no_descriptors(
+    context: Context, serve: Serve, start: Start, tmp_path: Path, options: list[str]
+) -> None:
+    most = 48
+
+    def limit_descriptors() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    process, endpoint = serve(*options, cwd=tmp_path, preexec_fn=limit_descriptors)
+    client = context.socket(zmq.REQ)
+    client.rcvtimeo = LIMIT * 1000
+    monitor = client.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    client.connect(endpoint)
+    assert monitor.poll(LIMIT * 1000)
+    if options[0] == "--exec":
+        client.send(b"x")
+    if options[0] != "--reply":
+        process.wait_for_notice("begun")
+    with ExitStack() as stack:
+        half_open(endpoint, 60, stack)
+        until(lambda: descriptors(process.pid) == most)
+        if options[0] != "--exec":
+            client.send(b"x")
+        (tmp_path / "go").touch()
+        assert set(client.recv()) == {ord("x")}
+    client.disable_monitor()
+    assert start("send", "--connect", endpoint, "y").finish()[0] == 0
+    assert stop(process)[0] == 0
 
 
 def test_serve_raises_its_limit_of_descriptors(serve: Serve) -> None:

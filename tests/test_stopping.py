@@ -171,6 +171,20 @@ def test_a_filter_has_the_time_to_save_its_state(
 
 
 @POSIX
+def test_a_filter_that_leaves_requests_has_the_time_to_save_its_state(
+    context: Context, serve: Serve, tmp_path: Path
+) -> None:
+    slow = "while read -r line; do sleep 0.5; echo $line; done; sleep 1.5; echo saved > state"
+    server, endpoint = serve("--filter", slow, cwd=tmp_path)
+    _clients = clients_of(context, endpoint, 20)
+    assert server.read_line().isdigit()
+    status, _, notices = stop(server)
+    assert status == 1
+    assert "still wait are not answered" in notices[-1]
+    assert (tmp_path / "state").read_text() == "saved\n"
+
+
+@POSIX
 @pytest.mark.parametrize("how", ["signal", "count"])
 def test_a_filter_that_takes_longer_to_end_is_killed_and_told_of(
     context: Context, serve: Serve, tmp_path: Path, how: str
@@ -187,6 +201,20 @@ def test_a_filter_that_takes_longer_to_end_is_killed_and_told_of(
     told = f"{KILLED} 5 s after its input" if how == "count" else f"{KILLED} after 8 s"
     assert notices[-1] == f"zmqmsg: {told}"
     until(lambda: not is_running(program))
+
+
+@POSIX
+def test_commands_that_crash_leave_no_request_unanswered(context: Context, start: Start) -> None:
+    dealer, back = open_server(context, zmq.DEALER)
+    worker = start("serve", "--quiet", "--connect", back, "--exec", "cat; kill -SEGV $$")
+    worker.wait_for_notice("connected to")
+    worker.signal(signal.SIGSTOP)
+    for number in range(20):
+        dealer.send_multipart([b"", b"%d" % number])
+    worker.signal(signal.SIGTERM)
+    worker.signal(signal.SIGCONT)
+    assert [int(dealer.recv_multipart()[1]) for _ in range(20)] == list(range(20))
+    assert worker.finish()[0] == 0
 
 
 # Workers with a backlog

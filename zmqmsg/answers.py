@@ -163,12 +163,14 @@ class CommandAnswer(Answer):
                     raise Unanswered(unanswered) from None
 
     def _was_stopped_with_us(self, status: int) -> bool:
-        """Return whether a command that ended with ``status`` was killed because we stop."""
-        number = killing_signal(status)
-        if not number:
+        """Return whether a command that ended with ``status`` was killed because we stop.
+
+        Other signals are its own affair, as a crash is: what it printed is its reply.
+        """
+        if killing_signal(status) not in STOP_SIGNALS:
             return False
         # A signal to a whole group may reach the command a moment before us.
-        return self._guard.stop.wait(SIGNAL_DELAY if number in STOP_SIGNALS else 0)
+        return self._guard.stop.wait(SIGNAL_DELAY)
 
     def _encode(self, request: Frames) -> bytes:
         """Return a request as the command reads it, without its end."""
