@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n 6 --dist worksteal
+PYTEST := $(BIN)/pytest -n 8 --dist worksteal
 
 .PHONY: help demo test windows lint coverage soak bench clean
 

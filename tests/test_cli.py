@@ -344,3 +344,11 @@ def test_a_flag_may_be_empty_and_so_may_a_reply(serve: Serve, value: str) -> Non
     done = run("send", "--connect", endpoint, "hello", **variables)
     assert (done.returncode, done.stdout) == (0, "\n")
     assert server.finish()[1] == b"hello\n"
+
+
+def test_a_surplus_argument_that_may_be_a_key_is_not_shown() -> None:
+    key = "Yne@$w-vo<fVvi]a<NY6T1ed:M$fCG*[IaLV{hID"
+    done = run("serve", key)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert key not in done.stderr
+    assert "may be a key" in done.stderr

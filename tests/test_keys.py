@@ -4,11 +4,14 @@ import base64
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -36,12 +39,14 @@ from conftest import (
     Start,
     broker,
     descriptors,
+    free_endpoint,
     let_others_enter,
     memory,
     relay,
     shell,
     soak,
     stop,
+    until,
 )
 
 with suppress(ImportError):  # Windows has none
@@ -225,6 +230,16 @@ def test_a_file_that_is_no_key_is_refused_by_name(
     (tmp_path / "wrong").write_bytes(content)
     (tmp_path / "wrong").chmod(0o600)
     assert f"{tmp_path / 'wrong'} is not a CURVE key file" in refuse(*option, tmp_path / "wrong")
+
+
+@pytest.mark.parametrize("path", ["_secret", "inner/_secret"])
+def test_a_secret_key_needs_a_name_for_its_public_half(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner").mkdir()
+    assert "_secret" in refuse(*SERVE_KEY, path)
+    assert sorted(tmp_path.rglob("*")) == [tmp_path / "inner"]
 
 
 @POSIX
@@ -835,7 +850,89 @@ def test_without_descriptors_nobody_is_let_in_who_was_known_before(
     assert "the server does not know this key" in notices[-1]
 
 
+@contextmanager
+def changed_meanwhile(change: Callable[[], object]) -> Iterator[None]:
+    """Call ``change`` while the context runs, when a client that is there may be waiting."""
+    timer = threading.Timer(0.3, change)
+    timer.start()
+    yield
+    timer.join()
+
+
+def test_clients_wait_for_a_directory_of_keys_that_is_away_for_a_moment(
+    keys: Keys, clients: Path, guarded: Serve, start: Start
+) -> None:
+    shutil.copy(keys.alice.public, clients)
+    server, endpoint = guarded()
+    elsewhere = clients.rename(clients.with_name("elsewhere"))
+    # Less than the ten seconds that a client waits which was put off.
+    options = ["--timeout", "8", "--retries", "0", *as_client(keys.alice, keys.server)]
+    client = start("send", "--connect", endpoint, *options, "x")
+    server.wait_for_notice("cannot read the client keys: ")
+    elsewhere.rename(clients)
+    assert client.finish()[:2] == (0, b"x\n")
+
+
+def test_clients_wait_for_a_file_of_keys_that_is_away_for_a_moment(
+    context: Context, keys: Keys, clients: Path, serve: Serve
+) -> None:
+    path = Path(shutil.copy(keys.alice.public, clients))
+    _, endpoint = serve("--key", str(keys.server.secret), "--client-keys", str(path))
+    elsewhere = path.rename(path.with_name("elsewhere"))
+    with changed_meanwhile(lambda: elsewhere.rename(path)):
+        both = keys.alice.key, keys.stranger.key
+        assert let_in(context, endpoint, keys.server, *both) == [True, False]
+
+
+@pytest.mark.parametrize("part", [0, 0.5], ids=["empty", "half"])
+@pytest.mark.parametrize("known", [False, True], ids=["new", "known"])
+def test_clients_wait_for_a_key_file_that_is_being_written(
+    context: Context, keys: Keys, clients: Path, guarded: Serve, part: float, known: bool
+) -> None:
+    text = keys.alice.public.read_text()
+    file = clients / "alice.key"
+    if known:
+        file.write_text(text)
+    _, endpoint = guarded()
+    file.write_text(text[: int(len(text) * part)])
+    with changed_meanwhile(lambda: file.write_text(text)):
+        both = keys.alice.key, keys.stranger.key
+        assert let_in(context, endpoint, keys.server, *both) == [True, False]
+
+
 # Strangers
+
+
+@LINUX
+def test_known_clients_are_served_though_nobody_reads_the_notices(
+    context: Context, keys: Keys, clients: Path, start: Start, send: Send
+) -> None:
+    shutil.copy(keys.alice.public, clients)
+    endpoint = free_endpoint()
+    reading, writing = os.pipe()
+    try:
+        guard = ["--key", str(keys.server.secret), "--client-keys", str(clients)]
+        arguments = ["--quiet", "--bind", endpoint, *guard, "--exec", "sleep 1; cat"]
+        server = start("serve", *arguments, stderr=writing)
+        until(lambda: b"listening on" in os.read(reading, 4096))
+        os.set_blocking(writing, False)
+        with suppress(BlockingIOError):
+            while True:
+                os.write(writing, bytes(4096))
+        os.set_blocking(writing, True)
+        assert let_in(context, endpoint, keys.server, *[keys.stranger.key] * 2) == [False] * 2
+        own = as_client(keys.alice, keys.server)
+        done = send("--connect", endpoint, "--timeout", "20", "--retries", "0", *own, "x")
+        assert (done.returncode, done.stdout) == (0, b"x\n")
+        client = start("send", "--verbose", "--connect", endpoint, "--retries", "0", *own, "y")
+        client.wait_for_notice("connected to")
+        time.sleep(0.5)  # nothing tells when the request has come
+        server.signal(signal.SIGTERM)
+        assert client.finish()[:2] == (0, b"y\n")
+        server.wait()
+    finally:
+        os.close(reading)
+        os.close(writing)
 
 
 @LINUX

@@ -5,6 +5,10 @@ import gc
 import os
 import signal
 import sys
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import click
 
 
 def main() -> None:
@@ -43,7 +47,7 @@ def run_command_line() -> int:
         )
         sys.stdout.flush()
     except click.ClickException as error:
-        show_error(error)
+        show_error(hide_key(error, arguments))
         return error.exit_code
     except MemoryError:
         show_error(Failure("out of memory"))
@@ -59,6 +63,18 @@ def run_command_line() -> int:
             show_error(Failure(describe(error)))
         return 1
     return 0
+
+
+def hide_key(error: "click.ClickException", arguments: list[str]) -> "click.ClickException":
+    """Return ``error``, or one without the surplus argument that click shows if it may be a key."""
+    import click
+
+    from zmqmsg.keys import looks_like_key
+
+    shown = [each for each in arguments if each in error.format_message() and looks_like_key(each)]
+    if not shown or not isinstance(error, click.UsageError) or not error.ctx:
+        return error
+    return click.UsageError("an argument is not shown, as it may be a key", error.ctx)
 
 
 def describe(error: OSError) -> str:

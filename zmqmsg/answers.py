@@ -9,6 +9,7 @@ import click
 import zmq
 
 from zmqmsg.messages import Form, Frames
+from zmqmsg.names import plain_address
 from zmqmsg.notices import NOTICE_DELAY, Failure, notify
 from zmqmsg.programs import TOO_LONG, Program, describe_status
 from zmqmsg.quoting import abridge, quote, unquote
@@ -358,7 +359,7 @@ def client_address(request: Frames) -> str:
         return ""
     if address.startswith("localhost:"):  # ipc: user, group and process
         return f"process {address.rpartition(':')[2]}"
-    return address
+    return plain_address(address)
 
 
 def client_key_name(request: Frames, socket: Socket) -> str:

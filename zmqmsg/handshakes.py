@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import zmq
 
+from zmqmsg.names import plain_address
 from zmqmsg.refusals import UNIX_CLIENT, ClientNotices, not_through
 from zmqmsg.sockets import HANDSHAKE_LIMIT_MS, Socket, open_monitor
 from zmqmsg.system import start_thread
@@ -129,7 +130,7 @@ def peer_address(descriptor: int) -> str:
         connection = socket(fileno=descriptor)
         try:
             name = connection.getpeername()
-            return str(name[0]) if isinstance(name, tuple) else UNIX_CLIENT
+            return plain_address(name[0]) if isinstance(name, tuple) else UNIX_CLIENT
         finally:
             connection.detach()
     return ""

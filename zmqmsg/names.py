@@ -76,6 +76,11 @@ def to_endpoint(address: Any) -> str:
     return f"tcp://[{host}%{scope}]:{port}" if scope else f"tcp://[{host}]:{port}"
 
 
+def plain_address(address: str) -> str:
+    """Return a numeric address; one of IPv4 as such, also where a socket of IPv6 shows it."""
+    return address.removeprefix("::ffff:") if "." in address else address
+
+
 def in_words(error: Exception) -> str:
     """Return the system's own words for ``error``."""
     if isinstance(error, UnicodeError):  # whose words are about codecs

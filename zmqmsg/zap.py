@@ -11,6 +11,8 @@ import zmq
 from zmq.utils import z85
 
 from zmqmsg.clientkeys import SETTLE_TIME, ClientKeys
+from zmqmsg.names import plain_address
+from zmqmsg.quoting import escape_line
 from zmqmsg.refusals import ClientNotices
 from zmqmsg.sockets import Context, Socket, new_socket
 from zmqmsg.system import start_thread
@@ -115,7 +117,7 @@ def read_question(message: list[bytes]) -> list[Question]:
             envelope,
             version,
             number,
-            address.decode(errors="backslashreplace"),
+            plain_address(address.decode(errors="backslashreplace")),
             z85.encode(key),
             time.monotonic(),
         )
@@ -131,6 +133,6 @@ def write_answer(question: Question, verdict: Verdict) -> list[bytes]:
         question.number,
         verdict.status,
         verdict.text,
-        verdict.user_id.encode(errors="backslashreplace"),  # pyzmq reads it as UTF-8
+        escape_line(verdict.user_id).encode(),  # pyzmq reads it as UTF-8
         no_metadata,
     ]
