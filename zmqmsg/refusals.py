@@ -8,6 +8,7 @@ from zmqmsg.notices import REPEAT_INTERVAL, Notify
 
 CLIENT_LIMIT = 20  # notices within REPEAT_INTERVAL
 EXCUSE_TIME = 2.0  # seconds that a client which hung up has to come back and be served
+ADDRESS_LIMIT = 1000  # of clients that are remembered
 UNIX_CLIENT = "a Unix socket"  # the address of clients whose process is not known
 
 
@@ -37,9 +38,7 @@ class ClientNotices:
     def report(self, address: str, notice: str) -> None:
         """Give ``notice``, of a client at ``address``, unless it was given a short time ago."""
         with self._lock:
-            now = time.monotonic()
-            self._settled = drop_old(self._settled, now)
-            self._settled[address] = now
+            self._settle(address)
             self._give(notice)
 
     def report_hanging_up(self, address: str, accepted_at: float) -> None:
@@ -59,9 +58,9 @@ class ClientNotices:
             if not address:
                 self._unknown_served_at = time.monotonic()
             elif address.startswith("process "):
-                self._settled[UNIX_CLIENT] = time.monotonic()
+                self._settle(UNIX_CLIENT)
             else:
-                self._settled[address] = time.monotonic()
+                self._settle(address)
 
     def forget(self, notice: str) -> None:
         """Let ``notice`` be given again: its client has got through meanwhile."""
@@ -72,12 +71,16 @@ class ClientNotices:
         """Tell of the clients that hung up and did not come back."""
         now = time.monotonic()
         with self._lock:
-            self._settled = drop_old(self._settled, now)
             for address, client in tuple(self._hung_up.items()):
                 if now >= client.hung_up_at + EXCUSE_TIME:
                     del self._hung_up[address]
                     if not self._is_settled(address, client):
                         self._give(not_through(address, "it hung up during the handshake"))
+
+    def _settle(self, address: str) -> None:
+        if len(self._settled) >= ADDRESS_LIMIT:
+            self._settled.clear()  # at worst, somebody is told of once more
+        self._settled[address] = time.monotonic()
 
     def _is_settled(self, address: str, client: HungUp) -> bool:
         settled_at = self._settled.get(address, -math.inf)
