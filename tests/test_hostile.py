@@ -303,6 +303,28 @@ def test_a_large_reply_needs_no_descriptors(
     assert stop(process)[0] == 0
 
 
+def test_a_worker_without_descriptors_finds_its_broker_again(
+    context: Context, serve: Serve
+) -> None:
+    most = 48
+
+    def limit_descriptors() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+
+    broker, back = open_server(context, zmq.DEALER)
+    process, endpoint = serve("--connect", back, preexec_fn=limit_descriptors)
+    process.wait_for_notice("connected to")
+    with ExitStack() as stack:
+        half_open(endpoint, 60, stack)
+        until(lambda: descriptors(process.pid) == most)
+        broker.close()
+        process.wait_for_notice("cannot open a socket: Too many open files.*; trying again")
+    broker, _ = open_server(context, zmq.DEALER, back)
+    broker.send_multipart([b"", b"x"])
+    assert broker.recv_multipart() == [b"", b"x"]
+    assert stop(process)[:2] == (0, b"x\n")
+
+
 def test_serve_raises_its_limit_of_descriptors(serve: Serve) -> None:
     def limit_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (64, 512))

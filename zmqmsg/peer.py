@@ -63,12 +63,14 @@ class Peer:
         announce: bool = False,
         verbose: bool = False,
         brief: bool = False,
+        survives_shortage: bool = False,
     ) -> None:
         """Prepare to connect what ``open_socket`` opens; ``update()`` connects it.
 
         ``probe_delay``: seconds before the first probe. ``announce``: say when the peer is ready
         for the first time. ``verbose``: say so each time, and when it is lost. ``brief``: do not
-        say what is waited for.
+        say what is waited for. ``survives_shortage``: try again if there are no descriptors for a
+        new socket. Raises Failure.
         """
         self.endpoint = endpoint
         self.link = Link(open_socket())
@@ -78,6 +80,7 @@ class Peer:
         self._announce = announce
         self._verbose = verbose
         self._brief = brief
+        self._survives_shortage = survives_shortage
         self._next_update = 0.0
         self._begin_wait(first_try_at=0.0)
 
@@ -117,11 +120,20 @@ class Peer:
         """Replace the link by a new one, which is not connected yet: a link connects once.
 
         A request that libzmq has not sent yet is dropped with the old link, and so is a late reply.
-        If the peer was ready, a new wait begins; otherwise the current one goes on.
+        If the peer was ready, a new wait begins; otherwise the current one goes on. Raises Failure;
+        a peer that survives shortages keeps its old link instead, and is to be renewed later.
         """
         old = self.link
+        if not self._survives_shortage:
+            old.close()  # first, as it drops a request
+        try:
+            self.link = Link(self._open_socket())
+        except Failure as failure:
+            if not self._survives_shortage:
+                raise
+            self._notify_rarely(f"{failure.message}; trying again", time.monotonic())
+            return
         old.close()  # reads the last events, too
-        self.link = Link(self._open_socket())
         if old.handshake_finding:
             self._handshake_finding = old.handshake_finding
         if self.ready:
@@ -141,11 +153,8 @@ class Peer:
         if is_transient and now < self._found_at + SETTLE_DELAY:
             return
         notice = f"waiting for {self.endpoint}: {self.finding.reason}"
-        told_at = self._told_at.get(notice, -math.inf)
-        if notice != self._last_notice and now >= told_at + REPEAT_INTERVAL:
-            notify(notice)
-            self._told_at[notice] = now
-            self._last_notice = notice
+        if notice != self._last_notice:
+            self._notify_rarely(notice, now)
 
     def pause(self, now: float) -> float:
         """Return the seconds until ``update()`` is due without an event.
@@ -160,6 +169,14 @@ class Peer:
     def close(self) -> None:
         """Close the socket."""
         self.link.close()
+
+    def _notify_rarely(self, notice: str, now: float) -> None:
+        """Give ``notice``, unless it was given within the last minute of this wait."""
+        told_at = self._told_at.get(notice, -math.inf)
+        if now >= told_at + REPEAT_INTERVAL:
+            notify(notice)
+            self._told_at[notice] = now
+            self._last_notice = notice
 
     # Until the peer is ready
 
@@ -194,12 +211,11 @@ class Peer:
         self._address = address
         link = self.link
         link.connect(address, limit)
-        while link is self.link:
+        while link is self.link:  # the client may renew it, too, at the end of an attempt
             if link.ended:
                 self.renew()
-                return
-            yield
-        # Here, the client has renewed the link at the end of an attempt.
+            if link is self.link:
+                yield
 
     def _resolve(self) -> Steps[list[str]]:
         """Return the endpoints, with numeric addresses, that the endpoint stands for."""

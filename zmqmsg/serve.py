@@ -88,7 +88,13 @@ def run(
             if verbose:
                 watch_handshakes(listener, client_notices)
         open_worker = partial(open_rep, secure=secure_connected)
-        new_peer = partial(Peer, open_socket=open_worker, announce=True, verbose=verbose)
+        new_peer = partial(
+            Peer,
+            open_socket=open_worker,
+            announce=True,
+            verbose=verbose,
+            survives_shortage=True,
+        )
         peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in connect]
         with suppress(StopRequested):  # then run() ends at once
             for endpoint in endpoints:
