@@ -573,7 +573,7 @@ MOUNT = """
 mount -t tmpfs none mounted
 cp -p "$1" mounted/key
 chmod $2 mounted/key
-mount -o remount,ro mounted
+mount -o remount,bind,ro none mounted
 shift 2
 exec "$@"
 """

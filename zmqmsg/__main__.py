@@ -62,6 +62,8 @@ def run_command_line() -> int:
         if error.errno not in READER_GONE:
             show_error(Failure(describe(error)))
         return 1
+    except SystemExit:  # what click makes of a reader that has gone
+        return 1
     return 0
 
 
@@ -83,7 +85,7 @@ def describe(error: OSError) -> str:
     if error.filename:
         text = f"{error.filename}: {text}"
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return f"{text}: raise the limit, for example with: ulimit -n 256"
+        return f"{text}: raise the limit, for example with: ulimit -n 4096"
     return text
 
 

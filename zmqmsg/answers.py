@@ -182,8 +182,8 @@ class CommandAnswer(Answer):
             self._guard.stalls.notify(FRAMES_JOINED)
         return b"".join(frames)
 
-    def _decode(self, line: bytes, otherwise: bytes) -> Frames:
-        """Return the frames of the quoted ``line``; if it is none, those of ``otherwise``."""
+    def _decode(self, line: bytes, printed: bytes) -> Frames:
+        """Return the frames of the quoted ``line``; if it is none, all that was ``printed``."""
         try:
             if b"\n" in line:
                 raise ValueError("more than one line")
@@ -193,7 +193,7 @@ class CommandAnswer(Answer):
                 f"the command did not print a quoted line: {error}; sending its output as it is",
                 "yellow",
             )
-            return [otherwise]
+            return [printed]
 
 
 class ExecAnswer(CommandAnswer):

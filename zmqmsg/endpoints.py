@@ -99,11 +99,9 @@ def guess_endpoints(text: str) -> Iterator[str]:
     if scheme.lower() not in ("tcp", "http", "zmq", "zmtp"):
         return
     rest = rest.strip("/")
-    if rest.isdecimal():  # a port alone
-        yield f"tcp://127.0.0.1:{rest}"
     host, _, port = rest.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    if _LINK_LOCAL.match(host) and "%" not in host:
+    if ":" in host and _LINK_LOCAL.match(host) and "%" not in host:
         host += "%eth0"
     if ":" in host and not _IPV6.match(host):  # for example ::1 without a port
         return

@@ -172,10 +172,10 @@ def usage_of(ctx: click.Context) -> Iterator[None]:
 
 def name_variables(ctx: click.Context, text: str) -> str:
     """Return ``text`` with the variable after each option that comes from the environment."""
-    for option in ctx.command.params:
-        if isinstance(option, Option) and is_from_environment(ctx, option):
-            name = re.escape(option.opts[-1])
-            text = re.sub(rf"{name}(?![\w-])", rf"\g<0> (from {option.variable(ctx)})", text)
+    for param in ctx.command.params:
+        if isinstance(param, Option) and is_from_environment(ctx, param):
+            name = re.escape(param.opts[-1])
+            text = re.sub(rf"{name}(?![\w-])", rf"\g<0> (from {param.variable(ctx)})", text)
     return text
 
 

@@ -149,6 +149,7 @@ class Peer:
             return
         if now < self._waiting_since + NOTICE_DELAY:
             return
+        # A state of the link passes by itself; what a probe or a handshake has found stays.
         is_transient = self.finding == self._judge_link()
         if is_transient and now < self._found_at + SETTLE_DELAY:
             return
@@ -207,11 +208,15 @@ class Peer:
                 yield from self._try_address(address, limit)
 
     def _try_address(self, address: str, limit: float) -> Steps[None]:
-        """Connect to ``address``, and wait until that connection has ended."""
+        """Connect the link to ``address``; return once that link has ended and been replaced.
+
+        The client may replace it as well, when an attempt ends. The peer is not ready then, so that
+        ``renew`` does not restart this generator.
+        """
         self._address = address
         link = self.link
         link.connect(address, limit)
-        while link is self.link:  # the client may renew it, too, at the end of an attempt
+        while link is self.link:
             if link.ended:
                 self.renew()
             if link is self.link:

@@ -14,17 +14,17 @@ PROBE_INTERVAL = 1.0  # seconds from the end of a probe to the next one
 class Prober:
     """Asks again and again, one probe at a time, what stands in the way at an endpoint."""
 
-    def __init__(self, diagnose: Callable[[], Iterator[Finding]], delay: float) -> None:
+    def __init__(self, diagnose: Callable[[], Iterator[Finding]], patience: float) -> None:
         """``diagnose``: begins a probe, which yields what it finds.
 
-        ``delay``: seconds before the first probe. What a probe has found so far counts only after
-        the same time, when it is held up there; its last finding counts at once.
+        ``patience``: seconds before the first probe begins, and then before the interim finding of
+        any probe counts. A final finding counts at once.
         """
         self.finding: Finding | None = None  # the last one that counts
         self._old_peer_probed_at = -math.inf  # when the probe began that found an old peer
         self._diagnose = diagnose
-        self._delay = delay
-        self._next_probe_at = time.monotonic() + delay
+        self._patience = patience
+        self._next_probe_at = time.monotonic() + patience
         self._probe: Background | None = None
 
     def has_found_old_peer_since(self, moment: float) -> bool:
@@ -38,7 +38,7 @@ class Prober:
                 self._probe = Background(self._diagnose())
             return
         is_over = self._probe.is_over()  # first: what it has found is final only then
-        if is_over or now >= self._probe.began_at + self._delay:
+        if is_over or now >= self._probe.began_at + self._patience:
             self.finding = self._probe.latest
         if is_over:
             if self.finding == USABLE_OLD_PEER:

@@ -31,14 +31,14 @@ class ClientNotices:
         self._notify = notify
         self._lock = Lock()  # held for all that follows
         self._given: dict[str, float] = {}  # notices, and when they were given
-        self._settled: dict[str, float] = {}  # addresses served or told of, and when
+        self._accounted_for: dict[str, float] = {}  # addresses served or told of, and when
         self._hung_up: dict[str, HungUp] = {}  # by address
         self._unknown_served_at = -math.inf  # when a client without an address was served
 
     def report(self, address: str, notice: str) -> None:
         """Give ``notice``, of a client at ``address``, unless it was given a short time ago."""
         with self._lock:
-            self._settle(address)
+            self._account_for(address)
             self._give(notice)
 
     def report_hanging_up(self, address: str, accepted_at: float) -> None:
@@ -58,9 +58,9 @@ class ClientNotices:
             if not address:
                 self._unknown_served_at = time.monotonic()
             elif address.startswith("process "):
-                self._settle(UNIX_CLIENT)
+                self._account_for(UNIX_CLIENT)
             else:
-                self._settle(address)
+                self._account_for(address)
 
     def forget(self, notice: str) -> None:
         """Let ``notice`` be given again: its client has got through meanwhile."""
@@ -74,17 +74,22 @@ class ClientNotices:
             for address, client in tuple(self._hung_up.items()):
                 if now >= client.hung_up_at + EXCUSE_TIME:
                     del self._hung_up[address]
-                    if not self._is_settled(address, client):
+                    if not self._is_accounted_for(address, client):
                         self._give(not_through(address, "it hung up during the handshake"))
 
-    def _settle(self, address: str) -> None:
-        if len(self._settled) >= ADDRESS_LIMIT:
-            self._settled.clear()  # at worst, somebody is told of once more
-        self._settled[address] = time.monotonic()
+    def _account_for(self, address: str) -> None:
+        if len(self._accounted_for) >= ADDRESS_LIMIT:
+            self._accounted_for.clear()  # at worst, somebody is told of once more
+        self._accounted_for[address] = time.monotonic()
 
-    def _is_settled(self, address: str, client: HungUp) -> bool:
-        settled_at = self._settled.get(address, -math.inf)
-        is_known = settled_at >= client.hung_up_at - EXCUSE_TIME
+    def _is_accounted_for(self, address: str, client: HungUp) -> bool:
+        """Return whether more is known of a client that hung up.
+
+        One at its address was served or reported, not longer than EXCUSE_TIME before it hung up; or
+        one without an address was served since it connected.
+        """
+        known_at = self._accounted_for.get(address, -math.inf)
+        is_known = known_at >= client.hung_up_at - EXCUSE_TIME
         may_have_been_served = self._unknown_served_at >= client.accepted_at
         return is_known or may_have_been_served
 

@@ -236,7 +236,7 @@ class Client:
                 if not self._may_retry(ends):
                     raise self._failure(frames, ends, time.monotonic() - started) from None
                 notify(f"{end}; retrying ({len(ends)} of {self._retries})")
-            except Failure as failure:
+            except Failure as failure:  # for example, if no peer can ever be ready
                 raise self._error(failure.message) from None
             except MemoryError:
                 raise self._error("out of memory") from None
@@ -332,8 +332,8 @@ class Client:
 def explain(frames: Sequence[bytes], ends: Sequence[AttemptEnded]) -> str:
     """Return what it may mean that attempts to send ``frames`` ended like this, or nothing.
 
-    A lost connection says more about the request than any later failure, and that says more than
-    an earlier one. After a rejected reply there is nothing to guess.
+    The first that applies: a lost connection, which says most about the request; a rejected reply,
+    whose text says all; or else the last attempt that has an explanation.
     """
     lost = [end for end in ends if isinstance(end, ConnectionLost)]
     if lost:

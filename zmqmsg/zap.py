@@ -89,7 +89,7 @@ class Admission:
         )
         if verdict == REFUSED:
             self._notices.report(question.address, refusal)
-        else:
+        elif verdict.user_id:
             self._notices.forget(refusal)
         socket.send_multipart(write_answer(question, verdict))
         return True
