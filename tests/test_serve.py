@@ -181,12 +181,13 @@ def test_a_worker_says_when_it_waits_for_its_broker_and_finds_it(
     def count(text: str) -> int:
         return sum(f"{text} {back}" in notice for notice in worker.notices)
 
-    def wait_for_waits(times: int) -> None:
-        until(lambda: count("waiting for") >= times, lambda: worker.notices)
+    def wait_for(times: int, text: str) -> None:
+        until(lambda: count(text) >= times, lambda: worker.notices)
 
     for number in (1, 2):
-        wait_for_waits(number)
+        wait_for(number, "waiting for")
         with broker(back_endpoint=back) as (front, _back):
+            wait_for(number, "connected to")
             assert ask(context, front, b"%d" % number) == [b"%d" % number]
     status, output, notices = stop(worker)
     assert (status, output) == (0, b"1\n2\n")
