@@ -30,7 +30,7 @@ OVERSLEPT = 0.1  # seconds past a deadline that mean that the process was stoppe
 MANY_ENDPOINTS = 10  # each takes four file descriptors or more
 SMALL_FRAME = 512  # bytes; every server accepts frames of this size
 # Connections that were lost after the same time, in seconds, within this tolerance
-SAME_TIME = 0.5
+SAME_TIME = 1.0
 LEAST_IDLE_LIMIT = 2.0  # seconds; shorter ones are no idle limits of proxies
 DO_NOT_WAIT = int(zmq.NOBLOCK)  # arithmetic with the enum itself is slow
 
