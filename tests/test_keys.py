@@ -419,7 +419,7 @@ def test_a_secret_key_beside_the_public_half_of_another_pair_is_refused(
     secret, public = tmp_path / "me.key_secret", tmp_path / "me.key"
     shutil.copy(keys.alice.public, public)
     if not is_new:
-        shutil.copy2(keys.stranger.secret, secret)
+        shutil.copy(keys.stranger.secret, secret)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
     refused = refuse(*SERVE_KEY, secret)
     assert str(public) in refused
@@ -783,7 +783,7 @@ def test_files_that_are_no_public_keys_are_told_of_once_and_let_nobody_in(
     (clients / "..data").symlink_to("..2026")
     (clients / "alice.key").symlink_to("..data/alice.key")
     server, endpoint = guarded()
-    shutil.copy2(keys.stranger.secret, clients)
+    shutil.copy(keys.stranger.secret, clients)
     both = keys.alice.key, keys.stranger.key
     for _ in range(3):
         assert let_in(context, endpoint, keys.server, *both) == [True, False]
@@ -1112,7 +1112,7 @@ def test_no_output_shows_a_secret_key(
 ) -> None:
     secret = keys.alice.key.secret
     shutil.copy(keys.alice.public, clients)
-    shutil.copy2(keys.stranger.secret, clients)
+    shutil.copy(keys.stranger.secret, clients)
     server, endpoint = guarded("--verbose")
     broken = tmp_path / "broken"
     broken.write_bytes(keys.alice.secret.read_bytes().replace(secret, secret[:-1] + b"~"))
