@@ -522,6 +522,7 @@ def test_no_option_shows_a_wrong_value_that_may_be_a_key(option: list[str]) -> N
         assert not shows_key(refused), text
 
 
+@POSIX
 def test_a_key_that_is_the_name_of_a_file_is_used_as_that(
     keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
