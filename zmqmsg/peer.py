@@ -109,9 +109,9 @@ class Peer:
         self._next_update = now + UPDATE_INTERVAL
         self.link.read_events()
         if self.ready and self.link.ended:
-            if self._verbose:
-                notify(f"connection to {self.endpoint} lost")
             self.renew()
+            if self._verbose and not self.ready:  # otherwise there was no socket for a new link yet
+                notify(f"connection to {self.endpoint} lost")
         if not self.ready:
             self._approach(now)
         return self.ready

@@ -12,11 +12,11 @@ import click
 
 from zmqmsg.messages import Form
 from zmqmsg.notices import Failure, notify, standard_error, unbuffered
+from zmqmsg.output import RETRY_INTERVAL
 from zmqmsg.system import END_OF_INPUT, TERMINAL_LINE_LIMIT
 
 CHUNK = 65536  # bytes that are read at a time
 LONG_INPUT = 65536  # bytes of redirected standard input from which on there is a progress bar
-RETRY_INTERVAL = 0.01  # seconds between attempts at a non-blocking stream that is not ready
 
 UTF_16 = "a byte order mark of UTF-16"
 BYTE_ORDER_MARKS = {
