@@ -103,7 +103,8 @@ def press_ctrl_c(popen: "subprocess.Popen[bytes]") -> None:
         pointer,
     ]
     routine = kernel.GetProcAddress(kernel.GetModuleHandleW("kernelbase"), b"CtrlRoutine")
-    kernel.CreateRemoteThread(int(popen._handle), None, 0, routine, 0, 0, None)  # type: ignore[attr-defined]
+    process = int(popen._handle)  # type: ignore[attr-defined]
+    kernel.CreateRemoteThread(process, None, 0, routine, 0, 0, None)
 
 
 class Process:
