@@ -1,6 +1,7 @@
 """What the tests share: a context, an echo in a thread, and zmqmsg as a real process."""
 
 import compileall
+import io
 import os
 import re
 import signal
@@ -11,7 +12,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ import pytest
 import zmq
 
 import zmqmsg
+import zmqmsg.__main__
 from zmqmsg.answers import Answer
 from zmqmsg.listener import bound
 from zmqmsg.messages import Form
@@ -76,6 +78,21 @@ def pytest_configure(config: pytest.Config) -> None:
     # The path of a socket has room for about a hundred bytes.
     if sys.platform != "win32" and len(tempfile.gettempdir()) > 30:
         os.environ["PYTEST_DEBUG_TEMPROOT"] = "/tmp"
+
+
+def refusal(*arguments: str | Path, **environment: str) -> str:
+    """Return the line that zmqmsg, run in this process, says of wrong usage."""
+    nothing, shown = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
+    with pytest.MonkeyPatch.context() as patch, redirect_stderr(shown):
+        patch.setattr(sys, "stdin", nothing)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        status = zmqmsg.__main__.run([str(argument) for argument in arguments])
+    line = shown.buffer.getvalue().decode()
+    assert status == 2, line
+    assert line.startswith("zmqmsg: ")
+    assert line.count("\n") == 1
+    return line
 
 
 Start = Callable[..., "Process"]
@@ -221,7 +238,7 @@ def serve(start: Start) -> Serve:
     return serve
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def echo() -> Iterator[str]:
     """Return the endpoint of a server that echoes for all tests which want no more of it."""
     server = Process("serve", "--quiet", "--bind", "tcp://127.0.0.1:*")

@@ -42,6 +42,7 @@ from conftest import (
     free_endpoint,
     let_others_enter,
     memory,
+    refusal,
     relay,
     shell,
     soak,
@@ -57,13 +58,6 @@ SERVER_KEY = ["send", "x", "--server-key"]
 EITHER_OPTION = pytest.mark.parametrize(
     "option", [SERVE_KEY, SERVER_KEY], ids=["--key", "--server-key"]
 )
-
-
-def refuse(*arguments: str | Path) -> str:
-    """Return what zmqmsg, run in this process, says of ``arguments`` that are wrong usage."""
-    result = CliRunner().invoke(cli, [str(argument) for argument in arguments])
-    assert result.exit_code == 2, result.output
-    return " ".join(result.stderr.split())
 
 
 class KeyPair(NamedTuple):
@@ -162,7 +156,7 @@ def test_no_file_is_overwritten(tmp_path: Path) -> None:
         ("me.key_secret", f"cannot create key file {tmp_path}/me.key: File exists"),
         ("link.key_secret", f"cannot read key file {tmp_path}/link.key_secret: No such file"),
     ]:
-        assert reason in refuse(*SERVE_KEY, tmp_path / name)
+        assert reason in refusal(*SERVE_KEY, tmp_path / name)
     assert (tmp_path / "me.key").read_text() == "precious"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link.key_secret", "me.key"]
 
@@ -174,7 +168,7 @@ def test_a_key_that_cannot_be_created_is_an_error_that_names_the_file(
 ) -> None:
     (tmp_path / "file").touch()
     path = tmp_path / place / "me.key_secret"
-    assert f"cannot create key file {path}: " in refuse(*SERVE_KEY, path)
+    assert f"cannot create key file {path}: " in refusal(*SERVE_KEY, path)
 
 
 @POSIX
@@ -204,9 +198,9 @@ def test_a_secret_key_that_others_may_use_is_refused_with_what_helps(
 ) -> None:
     own = new_pair(tmp_path, "my own").secret
     own.chmod(mode)
-    refused = refuse(*SERVE_KEY, own)
-    assert f"others may read the secret key in {own}; run: chmod" in refused
-    subprocess.run(["sh", "-c", refused.partition("run: ")[2]], check=True)
+    reason, _, advice = refusal(*SERVE_KEY, own).partition("; run: ")
+    assert reason.endswith(f"others may read the secret key in {own}")
+    subprocess.run(["sh", "-c", advice.partition("; see ")[0]], check=True)
     assert stat.S_IMODE(own.stat().st_mode) == 0o600
 
 
@@ -229,7 +223,7 @@ def test_a_file_that_is_no_key_is_refused_by_name(
 ) -> None:
     (tmp_path / "wrong").write_bytes(content)
     (tmp_path / "wrong").chmod(0o600)
-    assert f"{tmp_path / 'wrong'} is not a CURVE key file" in refuse(*option, tmp_path / "wrong")
+    assert f"{tmp_path / 'wrong'} is not a CURVE key file" in refusal(*option, tmp_path / "wrong")
 
 
 @pytest.mark.parametrize("path", ["_secret", "inner/_secret"])
@@ -238,7 +232,7 @@ def test_a_secret_key_needs_a_name_for_its_public_half(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "inner").mkdir()
-    assert "_secret" in refuse(*SERVE_KEY, path)
+    assert "_secret" in refusal(*SERVE_KEY, path)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "inner"]
 
 
@@ -247,15 +241,15 @@ def test_a_secret_key_needs_a_name_for_its_public_half(
 def test_what_is_no_regular_file_is_refused_by_name(tmp_path: Path, option: list[str]) -> None:
     device = tmp_path / "device"
     device.symlink_to("/dev/zero")
-    assert f"{device} is not a CURVE key file: it is not a regular file" in refuse(*option, device)
-    assert f"'{tmp_path}' is a directory" in refuse(*option, tmp_path)
+    assert f"{device} is not a CURVE key file: it is not a regular file" in refusal(*option, device)
+    assert f"'{tmp_path}' is a directory" in refusal(*option, tmp_path)
 
 
 def test_one_half_in_place_of_the_other_is_refused_by_name(keys: Keys) -> None:
     secret, public = keys.alice
     advice = f"{secret} is a secret key; pass its public half, {public}"
-    assert advice in refuse(*SERVER_KEY, secret)
-    assert f"{public} is a public key" in refuse(*SERVE_KEY, public)
+    assert advice in refusal(*SERVER_KEY, secret)
+    assert f"{public} is a public key" in refusal(*SERVE_KEY, public)
 
 
 @pytest.mark.parametrize("kind", ["another pair", "twice the same", "zeros"])
@@ -266,7 +260,7 @@ def test_a_pair_that_works_with_nobody_is_refused(tmp_path: Path, kind: str) -> 
     path = tmp_path / "my.key_secret"
     path.write_text((CERTIFICATE + SECRET_HALF).format(public.decode(), secret.decode()))
     path.chmod(0o600)
-    assert f"{path} is a key that works with nobody" in refuse(*SERVE_KEY, path)
+    assert f"{path} is a key that works with nobody" in refusal(*SERVE_KEY, path)
 
 
 def test_where_there_are_no_hard_links_a_key_is_created_all_the_same(
@@ -357,13 +351,13 @@ def test_a_bare_key_may_be_either_half(tmp_path: Path) -> None:
     public, secret = zmq.curve_keypair()
     path = tmp_path / "bare"
     path.write_bytes(secret + b"\n")
-    refused = refuse(*SERVE_KEY, path)
+    refused = refusal(*SERVE_KEY, path)
     assert f"{path} holds a key without a name, which may be either half" in refused
     assert 'has a line such as secret-key = "' in refused
     assert secret.decode() not in refused
     assert [each.name for each in tmp_path.iterdir()] == ["bare"]
     path.write_bytes(public)
-    assert "without a name" not in refuse(*SERVER_KEY, path, "--timeout", "wrong")
+    assert "without a name" not in refusal(*SERVER_KEY, path, "--timeout", "wrong")
 
 
 def other_encodings(key: bytes) -> dict[str, str]:
@@ -385,7 +379,7 @@ def test_a_key_in_another_encoding_is_called_that(
     for encoding, text in other_encodings(zmq.curve_keypair()[0]).items():
         path = tmp_path / "key"
         path.write_text(form.format(text))
-        refused = refuse(*option, path)
+        refused = refusal(*option, path)
         assert f"its key is in {encoding.split()[0].lower()}" in refused
         assert text not in refused
 
@@ -421,7 +415,7 @@ def test_a_secret_key_beside_the_public_half_of_another_pair_is_refused(
     if not is_new:
         shutil.copy(keys.stranger.secret, secret)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
-    refused = refuse(*SERVE_KEY, secret)
+    refused = refusal(*SERVE_KEY, secret)
     assert str(public) in refused
     assert is_new or "is not the public half of" in refused
     after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -439,7 +433,7 @@ def test_client_keys_that_can_be_read_only_once_are_refused(
     places = {"fifo": f"{tmp_path}/fifo", "pipe": f"/dev/fd/{reading}", "device": os.devnull}
     os.write(writing, keys.alice.public.read_bytes())
     os.close(writing)
-    refused = refuse(*SERVE_KEY, keys.server.secret, "--client-keys", places[kind])
+    refused = refusal(*SERVE_KEY, keys.server.secret, "--client-keys", places[kind])
     os.close(reading)
     assert f"--client-keys: {places[kind]} can be read only once" in refused
     assert "pass a file or directory" in refused
@@ -492,11 +486,11 @@ def test_a_key_in_place_of_its_file_is_refused_and_not_shown(
         variable = f"ZMQMSG_{command}_{option[2:].replace('-', '_')}".upper()
         if in_variable:
             monkeypatch.setenv(variable, text)
-            refused = refuse(command)
+            refused = refusal(command)
             monkeypatch.delenv(variable)
             assert f"(from {variable})" in refused
         else:
-            refused = refuse(command, f"{option}={text}")
+            refused = refusal(command, f"{option}={text}")
         assert "it takes a file, and this looks like a key itself" in refused
         assert not shows_key(refused), (command, option)
     assert list((tmp_path / "empty").iterdir()) == []
@@ -517,7 +511,7 @@ def test_a_key_in_place_of_its_file_is_refused_and_not_shown(
 )
 def test_no_option_shows_a_wrong_value_that_may_be_a_key(option: list[str]) -> None:
     for text in KEY_TEXTS.values():
-        refused = refuse(option[0], f"{option[1]}={text}")
+        refused = refusal(option[0], f"{option[1]}={text}")
         assert option[1] in refused
         assert not shows_key(refused), text
 
@@ -530,9 +524,9 @@ def test_a_key_that_is_the_name_of_a_file_is_used_as_that(
     monkeypatch.chdir(tmp_path)
     name = KEY.replace("/", "-")
     shutil.copy(keys.server.public, name)
-    assert "looks like" not in refuse(*SERVER_KEY, name, "--timeout", "wrong")
+    assert "looks like" not in refusal(*SERVER_KEY, name, "--timeout", "wrong")
     long = (f"{tmp_path}/" + "production-server" * 3)[: len(f"{tmp_path}/") + 30]
-    assert "cannot read key file" in refuse(*SERVER_KEY, long)
+    assert "cannot read key file" in refusal(*SERVER_KEY, long)
 
 
 # Where modes cannot be set
@@ -556,14 +550,14 @@ def test_a_new_key_that_others_could_read_is_removed_again(
 
     monkeypatch.setattr("os.open", open_without_modes)
     options = SERVE_KEY if command == "serve" else [*SERVER_KEY, str(keys.server.public), "--key"]
-    refused = refuse(*options, directory / "me.key_secret")
+    refused = refusal(*options, directory / "me.key_secret")
     assert "put it on a file system that keeps modes" in refused
     assert "chmod" not in refused
     assert list(directory.iterdir()) == []
     # One that was there before stays.
     (directory / "old.key_secret").write_bytes(keys.alice.secret.read_bytes())
     (directory / "old.key_secret").chmod(0o777)
-    assert "put it on a file system that keeps modes" in refuse(
+    assert "put it on a file system that keeps modes" in refusal(
         *options, directory / "old.key_secret"
     )
     assert (directory / "old.key_secret").exists()
@@ -651,7 +645,7 @@ def test_what_is_missing_is_a_usage_error_that_names_it(
         "P": f"{tmp_path}/other.key",
         "E": "tcp://192.0.2.1:1",
     }
-    assert missing in refuse(*(words.get(word, word) for word in arguments.split()))
+    assert missing in refusal(*(words.get(word, word) for word in arguments.split()))
     assert list(tmp_path.iterdir()) == [], "wrong usage creates nothing"
 
 

@@ -25,18 +25,28 @@ def main() -> None:
 
 
 def run_command_line() -> int:
-    """Run the command line and return its exit status; errors become one line."""
+    """Run what was typed, and return its exit status."""
     import click  # only now, so that Ctrl-C during the imports is silent, too
 
-    from zmqmsg.cli import cli
-    from zmqmsg.notices import Failure, show_error
-    from zmqmsg.system import READER_GONE, exact_arguments
+    from zmqmsg.notices import show_error
+    from zmqmsg.system import exact_arguments
 
     try:
         arguments = exact_arguments()
     except ValueError as error:
         show_error(click.UsageError(str(error)))
         return 2
+    return run(arguments)
+
+
+def run(arguments: list[str]) -> int:
+    """Run ``arguments`` and return the exit status; errors become one line."""
+    import click
+
+    from zmqmsg.cli import cli
+    from zmqmsg.notices import Failure, show_error
+    from zmqmsg.system import READER_GONE
+
     try:
         # On Windows, click would expand *, ?, ~ and %VAR% in all arguments.
         cli.main(
