@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-PYTEST := $(BIN)/pytest -n 8 --dist worksteal
+PYTEST := $(BIN)/pytest -n 14 --dist load --maxschedchunk 1
 
 .PHONY: help demo test windows lint coverage soak bench clean
 

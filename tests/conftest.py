@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
 from pathlib import Path
 from typing import Any, cast
+from zlib import crc32
 
 import pytest
 import zmq
@@ -46,6 +47,7 @@ def has_ipv6() -> bool:
 
 IPV6 = pytest.mark.skipif(not has_ipv6(), reason="needs IPv6")
 soak = pytest.mark.soak
+waits = pytest.mark.waits
 LIMIT = 60  # seconds after which something that should have happened will not
 
 
@@ -78,6 +80,19 @@ def pytest_configure(config: pytest.Config) -> None:
     # The path of a socket has room for about a hundred bytes.
     if sys.platform != "win32" and len(tempfile.gettempdir()) > 30:
         os.environ["PYTEST_DEBUG_TEMPROOT"] = "/tmp"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where tests run at the same time, mix those that wait with those that compute.
+
+    None that waits for long is among the last, or all others would have ended by then.
+    """
+
+    def place(item: pytest.Item) -> float:
+        return crc32(item.nodeid.encode()) * (0.75 if "waits" in item.keywords else 1)
+
+    if hasattr(config, "workerinput"):
+        items.sort(key=place)
 
 
 def refusal(*arguments: str | Path, **environment: str) -> str:

@@ -35,6 +35,7 @@ from conftest import (
     relay,
     soak,
     until,
+    waits,
 )
 
 
@@ -254,6 +255,7 @@ def test_a_server_that_is_frozen_serves_each_request_once_when_it_thaws(
     assert count_served(server) == 2
 
 
+@waits
 @POSIX
 @pytest.mark.parametrize(
     ("timeout", "end", "why"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import POSIX, Send, Serve, relay, soak
+from conftest import POSIX, Send, Serve, relay, soak, waits
 
 # Seconds: of an attempt, in which a busy machine connects and answers, too; and of a stall.
 TIMEOUT = 1.0
@@ -89,6 +89,7 @@ def lines(messages: list[str]) -> bytes:
     return "".join(f"{message}\n" for message in messages).encode()
 
 
+@waits
 @POSIX
 @pytest.mark.parametrize(
     ("count", "rate"), [(250, 1 / 50), pytest.param(60_000, 1 / 1000, id="full", marks=soak)]
@@ -107,6 +108,7 @@ def test_every_reply_comes_once_and_in_order_over_damaged_connections(
     assert faults.done.total() > 5
 
 
+@waits
 @POSIX
 @pytest.mark.parametrize(
     ("count", "rate"), [(150, 1 / 40), pytest.param(60_000, 1 / 1000, id="full", marks=soak)]

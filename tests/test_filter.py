@@ -11,7 +11,20 @@ from hypothesis import strategies as st
 
 from zmqmsg.sockets import Context
 
-from conftest import LIMIT, POSIX, Process, Send, Serve, Start, ask, is_running, soak, stop, until
+from conftest import (
+    LIMIT,
+    POSIX,
+    Process,
+    Send,
+    Serve,
+    Start,
+    ask,
+    is_running,
+    soak,
+    stop,
+    until,
+    waits,
+)
 
 pytestmark = POSIX
 
@@ -158,6 +171,7 @@ def started(server: Process) -> list[int]:
     return [int(pid) for pid in server.wait_for_notice(r"^\d+( \d+)*$")[0].split()]
 
 
+@waits
 @pytest.mark.parametrize(
     ("command", "status"),
     [("exec cat", 0), ("trap '' TERM INT HUP; cat; sleep 600", 1), ("sleep 600 & cat", 0)],

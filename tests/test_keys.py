@@ -48,6 +48,7 @@ from conftest import (
     soak,
     stop,
     until,
+    waits,
 )
 
 with suppress(ImportError):  # Windows has none
@@ -812,6 +813,7 @@ def test_a_single_file_of_client_keys_may_change_and_go_as_well(
     assert let_in(context, endpoint, keys.server, alice, bob) == [False, False]
 
 
+@waits
 def test_clients_whose_keys_cannot_be_read_are_let_in_when_they_can(
     keys: Keys, clients: Path, guarded: Serve, start: Start
 ) -> None:
@@ -898,6 +900,7 @@ def test_clients_wait_for_a_key_file_that_is_being_written(
 # Strangers
 
 
+@waits
 @LINUX
 def test_known_clients_are_served_though_nobody_reads_the_notices(
     context: Context, keys: Keys, clients: Path, start: Start, send: Send

@@ -11,7 +11,7 @@ import zmq
 
 from zmqmsg.sockets import Context
 
-from conftest import LIMIT, POSIX, Send, Serve, Start, address, ask, stop
+from conftest import LIMIT, POSIX, Send, Serve, Start, address, ask, stop, waits
 
 FAILED = "zmqmsg: a client from 127.0.0.1 did not get through: "
 HUNG_UP = "it hung up during the handshake"
@@ -69,6 +69,7 @@ def test_many_connections_hold_nobody_up_and_few_are_told_of(
     assert len(stop(server)[2]) < 40
 
 
+@waits
 @POSIX
 @pytest.mark.parametrize("kind", ["tcp", "ipc"])
 def test_nothing_is_said_of_clients_that_look_why_they_have_to_wait(
@@ -101,6 +102,7 @@ def test_a_client_with_plain_passwords_is_told_of_by_what_is_known(
     assert not [notice for notice in server.notices if "ZMTP" in notice or " or it " in notice]
 
 
+@waits
 @POSIX
 def test_a_local_client_that_hangs_up_at_once_has_an_address(serve: Serve, tmp_path: Path) -> None:
     server, endpoint = serve("--verbose")

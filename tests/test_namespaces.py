@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import IPV6, LINUX, Process, Send, Serve, Start, soak, until
+from conftest import IPV6, LINUX, Process, Send, Serve, Start, soak, until, waits
 
 # Who is not root may be allowed to be root of a namespace.
 UNSHARE = "unshare" if sys.platform == "linux" and os.geteuid() == 0 else "unshare -r"
@@ -255,6 +255,7 @@ def ports_that_connect(pid: int) -> set[str]:
     return {local for _, local, _, state, *_ in rows if state == "02"}
 
 
+@waits
 def test_after_an_outage_that_drops_packets_send_connects_by_a_new_attempt(
     silent: Inside, tmp_path: Path
 ) -> None:
@@ -303,6 +304,7 @@ def test_a_name_whose_first_addresses_drop_packets_is_reached_soon(
     assert sender.popen.wait() == 0
 
 
+@waits
 def test_the_reason_names_the_address_that_was_tried_and_each_is_told_once(
     silent: Inside, tmp_path: Path
 ) -> None:

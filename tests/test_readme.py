@@ -30,7 +30,7 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import LIMIT, POSIX, address, free_endpoint, until
+from conftest import LIMIT, POSIX, address, free_endpoint, until, waits
 
 pytestmark = pytest.mark.timeout(300)  # a section has many processes
 
@@ -249,6 +249,7 @@ def install_launchers(directory: Path) -> None:
     (directory / "py.bat").write_text(f'@"{sys.executable}" %*\n')
 
 
+@waits
 @pytest.mark.parametrize(
     "section", [title for title, blocks in SECTIONS.items() if any(b.is_run_here for b in blocks)]
 )

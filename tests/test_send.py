@@ -38,6 +38,7 @@ from conftest import (
     relay,
     shell,
     until,
+    waits,
 )
 from zmtp import OTHER_PROTOCOLS, Talk, command, echo_as_zmtp_1, echo_as_zmtp_2, greeting, say
 
@@ -269,6 +270,7 @@ def test_a_server_that_lets_nobody_in_without_keys_is_told_as_that(
         sender.wait_for_notice(f"zmqmsg: {notice.format(endpoint)}")
 
 
+@waits
 def test_a_mute_port_may_be_the_wrong_one_or_a_hung_server(start: Start) -> None:
     with listening(partial(say, b"")) as endpoint:
         sender = start("send", "--connect", endpoint, "x")
@@ -276,6 +278,7 @@ def test_a_mute_port_may_be_the_wrong_one_or_a_hung_server(start: Start) -> None
         sender.wait_for_notice(f"waiting for {endpoint}: {MUTE}; wrong port, or a hung server")
 
 
+@waits
 def test_a_server_that_becomes_mute_may_be_hung(start: Start) -> None:
     with listening(echo_as_zmtp_2) as endpoint:
         sender = start("send", "--connect", endpoint)
@@ -305,6 +308,7 @@ def test_an_old_peer_serves_without_delay_and_after_a_restart(start: Start, talk
 # Giving up
 
 
+@waits
 def test_a_message_is_given_up_if_no_server_was_there_since_the_start(send: Send) -> None:
     with listening(partial(say, b"")) as endpoint:
         done = send("--connect", endpoint, "--timeout", "4", "x", "never sent")
@@ -431,6 +435,7 @@ def test_a_message_above_the_servers_limit_is_told_with_its_size(
     assert "its frame of 5000 bytes exceeds the server's --max-size" in last
 
 
+@waits
 def test_connections_that_are_lost_after_the_same_time_point_to_a_proxy(
     context: Context, send: Send
 ) -> None:
@@ -450,6 +455,7 @@ def test_connections_that_are_lost_at_once_point_to_no_proxy(context: Context, s
     assert b"proxy" not in done.stderr
 
 
+@waits
 def test_one_clock_runs_for_connecting_and_replying(context: Context, start: Start) -> None:
     mute, endpoint = open_server(context, zmq.REP)
     delays = iter([2.5])

@@ -31,6 +31,7 @@ from conftest import (
     soak,
     stop,
     until,
+    waits,
 )
 from zmtp import greeting, ready, request
 
@@ -240,6 +241,7 @@ def test_a_second_signal_ends_the_wait_for_a_client_that_does_not_read(serve: Se
         assert server.wait() == 128 + signal.SIGTERM
 
 
+@waits
 @LINUX
 @pytest.mark.parametrize("how", ["count", "signal"])
 def test_a_signal_ends_that_wait_after_eight_seconds_and_says_so(serve: Serve, how: str) -> None:

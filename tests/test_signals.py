@@ -26,6 +26,7 @@ from conftest import (
     shell,
     stop,
     until,
+    waits,
 )
 
 resource = pytest.importorskip("resource", reason="needs POSIX: its signals")
@@ -217,6 +218,7 @@ def test_children_of_an_ignored_sigchld_keep_their_exit_status(
     server.wait_for_notice("the command exited with status 3")
 
 
+@waits
 def test_a_command_that_leaves_its_output_open_is_told_as_that(
     serve: Serve, start: Start, tmp_path: Path
 ) -> None:

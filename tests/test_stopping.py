@@ -24,6 +24,7 @@ from conftest import (
     open_server,
     stop,
     until,
+    waits,
 )
 
 BLOCKED_ECHO = """\
@@ -79,6 +80,7 @@ def test_a_worker_that_stops_answers_what_its_broker_has_handed_over(
         assert [client.recv() for client in clients] == [b"%d" % number for number in range(12)]
 
 
+@waits
 @POSIX
 def test_what_takes_longer_than_five_seconds_is_left_and_told_of(
     context: Context, serve: Serve
@@ -97,6 +99,7 @@ COMMAND = "its command had not finished"
 FILTER = "the filter had not answered"
 
 
+@waits
 @POSIX
 @pytest.mark.parametrize(
     ("option", "command", "why"),
@@ -136,6 +139,7 @@ def test_one_signal_ends_it_whatever_its_command_does(
     until(lambda: not is_running(program))
 
 
+@waits
 @POSIX
 @pytest.mark.parametrize(
     ("option", "end", "reply"),
@@ -170,6 +174,7 @@ def test_a_filter_has_the_time_to_save_its_state(
     assert (tmp_path / "state").read_text() == "saved\n"
 
 
+@waits
 @POSIX
 def test_a_filter_that_leaves_requests_has_the_time_to_save_its_state(
     context: Context, serve: Serve, tmp_path: Path
@@ -184,6 +189,7 @@ def test_a_filter_that_leaves_requests_has_the_time_to_save_its_state(
     assert (tmp_path / "state").read_text() == "saved\n"
 
 
+@waits
 @POSIX
 @pytest.mark.parametrize("how", ["signal", "count"])
 def test_a_filter_that_takes_longer_to_end_is_killed_and_told_of(
