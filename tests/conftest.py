@@ -209,11 +209,18 @@ class Process:
         return status
 
     def finish(self, limit: float = LIMIT) -> tuple[int, bytes, list[str]]:
-        """Close standard input; return exit status, standard output and lines of standard error."""
+        """Close standard input; return exit status, standard output and lines of standard error.
+
+        A process that has not ended within ``limit`` seconds is killed.
+        """
         if self.popen.stdin:
             self.popen.stdin.close()
+        end = threading.Timer(limit, self.popen.kill)
+        end.start()
         output = self.popen.stdout.read() if self.popen.stdout else b""
-        return self.wait(limit), output, self.notices[:-1]
+        status = self.wait(limit)
+        end.cancel()
+        return status, output, self.notices[:-1]
 
     def close(self) -> None:
         """End the process, whatever it does."""
@@ -309,7 +316,7 @@ def until(condition: Callable[[], object], explain: Callable[[], object] = str) 
     end = time.monotonic() + LIMIT
     while not condition():
         assert time.monotonic() < end, explain()
-        time.sleep(0.005)
+        time.sleep(0.01)
 
 
 _holders: list[socket.socket] = []
@@ -481,7 +488,7 @@ def broker(
 def open_server(context: Context, socket_type: int, endpoint: str = "") -> tuple[Socket, str]:
     """Bind a plain socket of pyzmq that does not wait for ever; return it and its real endpoint."""
     server = context.socket(socket_type)
-    server.rcvtimeo = LIMIT * 1000
+    server.rcvtimeo = server.sndtimeo = LIMIT * 1000
     return server, bind(server, endpoint)
 
 

@@ -14,6 +14,7 @@ from conftest import (
     LIMIT,
     LINUX,
     POSIX,
+    Process,
     Send,
     Serve,
     Start,
@@ -209,12 +210,18 @@ def test_a_filter_that_takes_longer_to_end_is_killed_and_told_of(
     until(lambda: not is_running(program))
 
 
+def freeze(worker: Process, dealer: Socket) -> None:
+    """Stop the process of ``worker`` when both ends have taken the connection to ``dealer``."""
+    worker.wait_for_notice("connected to")
+    assert dealer.poll(LIMIT * 1000, zmq.POLLOUT)
+    worker.signal(signal.SIGSTOP)
+
+
 @POSIX
 def test_commands_that_crash_leave_no_request_unanswered(context: Context, start: Start) -> None:
     dealer, back = open_server(context, zmq.DEALER)
     worker = start("serve", "--quiet", "--connect", back, "--exec", "cat; kill -SEGV $$")
-    worker.wait_for_notice("connected to")
-    worker.signal(signal.SIGSTOP)
+    freeze(worker, dealer)
     for number in range(20):
         dealer.send_multipart([b"", b"%d" % number])
     worker.signal(signal.SIGTERM)
@@ -237,10 +244,8 @@ def test_a_worker_answers_its_whole_backlog_before_it_stops(
     context: Context, start: Start, options: list[str], count: int, size: int
 ) -> None:
     dealer, back = open_server(context, zmq.DEALER)
-    dealer.sndhwm = dealer.rcvhwm = 0
     worker = start("serve", "--quiet", "--connect", back, *options)
-    worker.wait_for_notice("connected to")
-    worker.signal(signal.SIGSTOP)
+    freeze(worker, dealer)
     requests = [b"%d " % number + b"x" * size for number in range(count)]
     for body in requests:
         dealer.send_multipart([b"", body])
