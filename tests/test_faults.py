@@ -111,7 +111,7 @@ def test_every_reply_comes_once_and_in_order_over_damaged_connections(
 @waits
 @POSIX
 @pytest.mark.parametrize(
-    ("count", "rate"), [(150, 1 / 40), pytest.param(60_000, 1 / 1000, id="full", marks=soak)]
+    ("count", "rate"), [(100, 1 / 30), pytest.param(60_000, 1 / 1000, id="full", marks=soak)]
 )
 def test_without_retries_nothing_is_served_twice_and_the_status_is_true(
     serve: Serve,

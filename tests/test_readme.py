@@ -303,7 +303,9 @@ def ask_servers(terminals: Terminals, text: str) -> None:
             continue
         terminals.stop()
         terminals.run("printf '#!/bin/sh\nexec cat\n' > command; chmod +x command")
-        terminals.start("zmqmsg serve -b tcp://127.0.0.1:6000 --exec 'tr a-z A-Z'", "listening on")
+        if "6000" in command:
+            shout = "zmqmsg serve -b tcp://127.0.0.1:6000 --exec 'tr a-z A-Z'"
+            terminals.start(shout, "listening on")
         terminals.start(command, "listening on")
         ask = f"zmqmsg send --quoted --timeout 10 --retries 0 '{request}'"
         _, shown = terminals.run(f"{ask} 2> /dev/null || echo nothing")

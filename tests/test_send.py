@@ -240,9 +240,7 @@ def test_send_with_curve_ends_when_all_its_endpoints_can_never_answer(
     assert_hopeless(send, WRONG_WITH_CURVE, "--server-key", f"{tmp_path}/any.key")
 
 
-@pytest.mark.parametrize(
-    "name", ["PUB", "PUSH", "REQ", "PAIR", "PULL", "SUB", "DEALER", "XPUB", "XSUB"]
-)
+@pytest.mark.parametrize("name", ["PUB", "REQ", "DEALER", "PAIR"])
 def test_a_socket_that_can_never_answer_is_told_by_its_type(
     context: Context, send: Send, name: str
 ) -> None:
@@ -421,15 +419,17 @@ def loses_requests(context: Context, after: float) -> Iterator[str]:
         yield here
 
 
-@pytest.mark.parametrize("options", [["--retries", "0"], [], ["--timeout", "20"]])
-@pytest.mark.parametrize("frames", [["{path}"], ["{path}", "small"]])
+@pytest.mark.parametrize(
+    "options",
+    ["", "--retries 0", "--timeout 20", "--multipart small"],
+    ids=lambda text: text or "-",
+)
 def test_a_message_above_the_servers_limit_is_told_with_its_size(
-    serve: Serve, send: Send, tmp_path: Path, options: list[str], frames: list[str]
+    serve: Serve, send: Send, tmp_path: Path, options: str
 ) -> None:
     (tmp_path / "large").write_bytes(b"x" * 5000)
     _, endpoint = serve("--max-size", "1000")
-    files = ["--multipart", "--file", f"{tmp_path}/large", *(["small"] if len(frames) > 1 else [])]
-    done = send("--connect", endpoint, *options, *files)
+    done = send("--connect", endpoint, *options.split(), "--file", tmp_path / "large")
     assert done.returncode == 3
     last = done.stderr.decode().splitlines()[-1]
     assert "its frame of 5000 bytes exceeds the server's --max-size" in last

@@ -232,9 +232,9 @@ def test_commands_that_crash_leave_no_request_unanswered(context: Context, start
 
 # Workers with a backlog
 
-ECHO = pytest.param([], 800, id="echo")
-FILTER_ECHO = pytest.param(["--filter", "cat"], 800, id="filter")
-COMMAND_ECHO = pytest.param(["--exec", "cat"], 60, id="command")
+ECHO = pytest.param([], 500, id="echo")
+FILTER_ECHO = pytest.param(["--filter", "cat"], 500, id="filter")
+COMMAND_ECHO = pytest.param(["--exec", "cat"], 30, id="command")
 
 
 @POSIX
