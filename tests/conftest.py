@@ -89,7 +89,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
 
     def place(item: pytest.Item) -> float:
-        return crc32(item.nodeid.encode()) * (0.75 if "waits" in item.keywords else 1)
+        return crc32(item.nodeid.encode()) * (0.7 if "waits" in item.keywords else 1)
 
     if hasattr(config, "workerinput"):
         items.sort(key=place)

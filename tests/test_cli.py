@@ -142,7 +142,7 @@ def test_the_module_and_the_script_are_the_same(command: list[str]) -> None:
     ids=["send to a name", "send to a path", "serve with keys"],
 )
 def test_too_few_descriptors_are_told_in_one_line(arguments: str) -> None:
-    for limit in range(12, 34, 5):
+    for limit in range(12, 34, 7):
         script = f'ulimit -n {limit}; exec "$@"'
         done = subprocess.run(
             ["sh", "-c", script, "sh", *COMMAND, *arguments.split()],

@@ -48,7 +48,7 @@ def test_a_signal_ends_an_idle_server_and_leaves_no_ipc_file_behind(
 
 
 def test_a_signal_counts_as_soon_as_the_port_is_open(start: Start) -> None:
-    for _ in range(6):
+    for _ in range(4):
         endpoint = free_endpoint()
         server = start("serve", "--bind", endpoint)
         while is_refused(endpoint):
@@ -59,7 +59,7 @@ def test_a_signal_counts_as_soon_as_the_port_is_open(start: Start) -> None:
 def test_a_signal_after_the_last_request_changes_no_exit_status(
     context: Context, serve: Serve
 ) -> None:
-    for _ in range(6):
+    for _ in range(4):
         server, endpoint = serve("--count", "1")
         assert ask(context, endpoint, b"x") == [b"x"]
         server.wait_for_notice("1 request served")
