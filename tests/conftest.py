@@ -97,7 +97,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def refusal(*arguments: str | Path, **environment: str) -> str:
     """Return the line that zmqmsg, run in this process, says of wrong usage."""
-    nothing, shown = io.TextIOWrapper(io.BytesIO()), io.TextIOWrapper(io.BytesIO())
+    nothing, shown = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(shown):
         patch.setattr(sys, "stdin", nothing)
         for name, value in environment.items():

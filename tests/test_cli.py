@@ -263,7 +263,7 @@ def variable(command: str, option: str) -> str:
 
 
 @pytest.mark.parametrize(("command", "option"), OPTIONS)
-def test_every_option_can_come_from_a_variable_which_is_named_if_it_is_wrong(
+def test_every_option_can_come_from_a_variable_and_a_wrong_one_is_named(
     command: str, option: str
 ) -> None:
     """A value is wrong for the option, or contradicts another one."""

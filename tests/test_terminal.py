@@ -260,7 +260,7 @@ def test_there_is_no_hint_when_no_lines_are_typed(
 
 @LINUX
 @pytest.mark.parametrize("options", [[], ["--quoted"]])
-def test_a_line_that_the_terminal_has_cut_is_told_with_what_takes_longer_ones(
+def test_a_line_that_the_terminal_has_cut_is_told_with_the_way_out(
     echo: str, start: Start, terminal: Terminal, options: list[str]
 ) -> None:
     client = start("send", "--connect", echo, *options, env=PLAIN, **terminal.all())

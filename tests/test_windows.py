@@ -145,7 +145,7 @@ for number, line in enumerate(sys.stdin, start=1):
 
 
 @pytest.mark.parametrize("variable", [None, "1", "0"])
-def test_a_program_in_python_reads_and_prints_utf_8_unless_it_is_told_otherwise(
+def test_a_program_in_python_reads_and_prints_utf_8_by_default(
     serve: Serve, send: Send, tmp_path: Path, variable: str | None
 ) -> None:
     (tmp_path / "reverse.py").write_text(REVERSE)
