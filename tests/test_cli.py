@@ -98,6 +98,12 @@ def test_help_pages_fit_80_columns(command: str, words: list[str]) -> None:
     assert len(lines) <= 45
 
 
+def test_the_script_for_completion_is_a_success() -> None:
+    done = run(_ZMQMSG_COMPLETE="fish_source")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "complete --no-files --command zmqmsg" in done.stdout
+
+
 @LINUX
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["serve", "--help"]])
 def test_help_that_cannot_be_written_is_a_failure_in_one_line(arguments: list[str]) -> None:

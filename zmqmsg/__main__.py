@@ -72,8 +72,8 @@ def run(arguments: list[str]) -> int:
         if error.errno not in READER_GONE:
             show_error(Failure(describe(error)))
         return 1
-    except SystemExit:  # what click makes of a reader that has gone
-        return 1
+    except SystemExit as end:  # of completion, or because a reader has gone
+        return end.code if isinstance(end.code, int) else 1
     return 0
 
 
