@@ -136,9 +136,10 @@ class NoticeWriter:
         from threading import Event
 
         written = Event()
+        end = time.monotonic() + FINISH_LIMIT
         with suppress(Full):
             self._tasks.put(written.set, timeout=FINISH_LIMIT)
-            written.wait(FINISH_LIMIT)
+            written.wait(max(0, end - time.monotonic()))
 
     def _work(self) -> None:
         while True:
