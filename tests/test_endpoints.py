@@ -89,6 +89,7 @@ EXAMPLE = "for example tcp://127.0.0.1:5555"
         ("localhost:5555", "neither tcp", "write tcp://localhost:5555"),
         ("127.0.0.1:5555", "neither tcp", "write tcp://127.0.0.1:5555"),
         ("5555", "neither tcp", "write tcp://127.0.0.1:5555"),
+        ("tcp:5555", "neither tcp", "write tcp://127.0.0.1:5555"),
         ("tcp://:5555", "neither tcp", "write tcp://127.0.0.1:5555"),
         ("http://localhost:5555/", "neither tcp", "write tcp://localhost:5555"),
         ("TCP://localhost:5555", "neither tcp", "write tcp://localhost:5555"),
@@ -105,6 +106,7 @@ EXAMPLE = "for example tcp://127.0.0.1:5555"
         ("tcp://münchen.de:5555", "characters in its name", "write tcp://xn--mnchen-3ya.de:5555"),
         ("tcp://[fe80::77]:5555", "name of its interface", "write tcp://[fe80::77%eth0]:5555"),
         pytest.param("/tmp/a.sock", "neither tcp", "write ipc:///tmp/a.sock", marks=POSIX),
+        pytest.param("ipc:a.sock", "neither tcp", "write ipc://a.sock", marks=POSIX),
     ],
 )
 def test_any_other_endpoint_is_refused_with_what_to_write_instead(

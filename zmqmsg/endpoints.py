@@ -90,9 +90,11 @@ def suggest_endpoint(text: str, *, bind: bool) -> str:
 def guess_endpoints(text: str) -> Iterator[str]:
     """Yield what ``text`` may mean; the caller drops what is no endpoint."""
     scheme, separator, rest = text.partition("://")
-    if not separator:  # for example 127.0.0.1:5555, tcp:127.0.0.1:5555 or tcp:/127.0.0.1:5555
-        rest = re.sub("^(tcp|ipc):(?=.*[:/])", "", text, flags=re.IGNORECASE)
-        scheme = "ipc" if rest.startswith("/") and ":" not in rest else "tcp"
+    if not separator:  # for example 127.0.0.1:5555, tcp:5555, tcp:/127.0.0.1:5555 or /tmp/a.sock
+        match = re.match("(tcp|ipc):", text, re.IGNORECASE)
+        rest = text[match.end() :] if match else text
+        is_path = rest.startswith("/") and ":" not in rest
+        scheme = "ipc" if is_path or (match and match[1].lower() == "ipc") else "tcp"
     if scheme.lower() == "ipc":
         yield f"ipc://{rest}"
         return
