@@ -41,7 +41,7 @@ class ClientKeys:
         self.scanned_at = -math.inf  # when the last scan began that did not fail
         self.changed_at = -math.inf  # when a scan has last found a change
         self._path = path
-        self._is_directory = os.path.isdir(path)  # then it is an error if it disappears
+        self._is_directory = os.path.isdir(path)
         self._files: dict[str, KeyFile] = {}
         self._path_of_key: dict[bytes, str] = {}
         self._reported: set[KeyFile] = set()
@@ -73,8 +73,8 @@ class ClientKeys:
         self._scan()
         if self.error and not last_error:
             self._notify(
-                f"cannot read the client keys: {self.error.strerror};"
-                " clients that are not known yet are not let in until that is over",
+                f"cannot read the client keys in {self._path}: {self.error.strerror};"
+                " clients have to wait until that is over",
                 "yellow",
             )
         elif last_error and not self.error:
@@ -106,12 +106,14 @@ class ClientKeys:
         self._next_scan_at = ended_at + SCAN_SHARE * (ended_at - began_at)
 
     def _list(self) -> list[str]:
+        """Return the paths of all files; raise OSError if what the user gave has gone."""
         if not self._is_directory:
+            os.stat(self._path)
             return [self._path]
         with os.scandir(self._path) as entries:
             # Names that begin with a dot are those of drafts, and of the links by which
-            # containers get their secrets.
-            return [entry.path for entry in entries if not entry.name.startswith(".")]
+            # containers get their secrets. If files hold the same key, the last name counts.
+            return sorted(entry.path for entry in entries if not entry.name.startswith("."))
 
     def _read(self, path: str) -> KeyFile:
         """Return what a file holds; raise OSError if that cannot be known just now."""
