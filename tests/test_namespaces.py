@@ -86,7 +86,7 @@ def test_process_1_serves_until_the_first_signal_and_ends_at_the_second(
     start("send", "--connect", endpoint, "x")
     server.wait_for_notice("begun")
     os.kill(process_1(server), signal.SIGTERM)
-    server.wait_for_notice("stopping after the current request")
+    server.wait_for_notice("stopping; what has been received is answered")
     os.kill(process_1(server), signal.SIGTERM)
     assert server.wait() == 128 + signal.SIGTERM
 

@@ -32,7 +32,10 @@ from conftest import (
 resource = pytest.importorskip("resource", reason="needs POSIX: its signals")
 
 STOP_SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-STOPPING = "zmqmsg: stopping after the current request; a second signal ends it at once"
+STOPPING = (
+    "zmqmsg: stopping; what has been received is answered, for 8 s at most;"
+    " a second signal ends it at once"
+)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)

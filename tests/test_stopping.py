@@ -60,7 +60,7 @@ def test_all_that_was_received_is_answered_before_the_end(
     server.wait_for_notice("begun")
     time.sleep(0.3)  # nothing tells when the others have come
     server.signal(signal.SIGTERM)
-    server.wait_for_notice("stopping after the current request")
+    server.wait_for_notice("stopping; what has been received is answered")
     (tmp_path / "go").touch()
     assert [client.recv() for client in clients] == [b"%d" % number for number in range(20)]
     status, output, _ = server.finish()

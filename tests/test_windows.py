@@ -62,7 +62,7 @@ def test_ctrl_c_twice_ends_it_at_once(serve: Serve, start: Start) -> None:
     start("send", "--connect", endpoint, "x")
     server.wait_for_notice("^1")
     server.signal(signal.SIGINT)
-    server.wait_for_notice("stopping after the current request")
+    server.wait_for_notice("stopping; what has been received is answered")
     server.signal(signal.SIGINT)
     assert server.wait() == 128 + signal.SIGINT
 

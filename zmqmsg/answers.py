@@ -34,8 +34,8 @@ SIGNAL_DELAY = 0.2  # in which a signal to a group of processes reaches all of t
 ESCAPE_SIZE = 4  # bytes of an escape, which stands for one byte
 
 RUNS_LONG = (
-    f"the command, or something that it has started, still goes on after {LONG_RUN:g} s, while"
-    f" other requests wait; start what may run longer as in: {BACKGROUND_EXAMPLE}"
+    f"the command, or something that it has started, still goes on after {LONG_RUN:g} s, and"
+    f" other requests have to wait; what may outlive it can be started as in: {BACKGROUND_EXAMPLE}"
 )
 SILENT = "the filter has not answered for a second; it may not flush its output, or read ahead"
 LINES_IN_REQUEST = (

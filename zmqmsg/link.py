@@ -29,7 +29,7 @@ ENDED = HANDSHAKE_FAILED | CONNECT_RETRIED | int(zmq.EVENT_DISCONNECTED | zmq.EV
 # Why a handshake failed
 HANDSHAKE_FAILING = Finding("connected, but the ZeroMQ handshake fails")
 CURVE_FAILING = Finding(
-    "CURVE handshake failing; check --server-key, or the server cannot check clients just now"
+    "CURVE handshake failing; check --server-key (or the server cannot check clients just now)"
 )
 NOT_LET_IN = Finding("it refused: the server does not let us in", hopeless=True)
 KEY_NOT_KNOWN = Finding("it refused: the server does not know this key", hopeless=True)

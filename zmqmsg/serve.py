@@ -120,7 +120,7 @@ def choose_security(
 def flush(context: Context, server: "Server", guard: Guard) -> None:
     """Wait until the last replies are on their way, or the guard ends the process.
 
-    Without a signal there is no limit: TCP_MAXRT cuts off a client that does not read.
+    Without a signal there is no limit; over TCP, TCP_MAXRT cuts off a client that does not read.
     """
     if not server.served:
         return
@@ -190,7 +190,8 @@ class Server:
             raise Failure(f"{self._print_failure}{unprinted}")
         if not is_complete:
             raise Failure(
-                f"stopping after {ANSWER_LIMIT:g} s; requests that still wait are not answered"
+                f"stopped after {ANSWER_LIMIT:g} s; {count_of(self.served, 'request')} served;"
+                " requests that still wait are not answered"
             )
 
     def _answer_all(self, listeners: Sequence[Socket], peers: Sequence[Peer]) -> bool:

@@ -37,7 +37,10 @@ LOOK_INTERVAL = 0.5  # seconds from one look at what lasts to the next
 REPEAT_DELAY = 0.1  # seconds in which the same signal counts once
 LOCK_LIMIT = 1.0  # seconds to wait at the end for a command that is being started
 
-STOPPING = "stopping after the current request; a second signal ends it at once"
+STOPPING = (
+    f"stopping; what has been received is answered, for {END_LIMIT:g} s at most;"
+    " a second signal ends it at once"
+)
 UNREAD = "standard output is not being read"
 
 
