@@ -78,7 +78,7 @@ def run(arguments: list[str]) -> int:
 
 
 def hide_key(error: "click.ClickException", arguments: list[str]) -> "click.ClickException":
-    """Return ``error``, or one without the surplus argument that click shows if it may be a key."""
+    """Return ``error``, or a neutral one if it shows a surplus argument that may be a key."""
     import click
 
     from zmqmsg.keys import looks_like_key
@@ -116,8 +116,8 @@ def end_at_once_by_default() -> None:
 def occupy_closed_streams() -> None:
     """Open something in the place of standard streams that were closed from the start.
 
-    Otherwise libzmq would get their descriptors. As the null device is opened the wrong way round,
-    reading or writing fails, as it should; notices are dropped.
+    Otherwise libzmq would get their descriptors. The null device is opened so that reading
+    from it or writing to it fails, as it should; notices are dropped.
     """
     if sys.stdin is None:
         sys.stdin = open(os.open(os.devnull, os.O_WRONLY))  # noqa: SIM115

@@ -170,7 +170,7 @@ class CommandAnswer(Answer):
         """
         if killing_signal(status) not in STOP_SIGNALS:
             return False
-        # A signal to a whole group may reach the command a moment before us.
+        # A service manager signals all processes of a service, the command perhaps before us.
         return self._guard.stop.wait(SIGNAL_DELAY)
 
     def _encode(self, request: Frames) -> bytes:
@@ -183,7 +183,7 @@ class CommandAnswer(Answer):
         return b"".join(frames)
 
     def _decode(self, line: bytes, printed: bytes) -> Frames:
-        """Return the frames of the quoted ``line``; if it is none, all that was ``printed``."""
+        """Return the frames of the quoted ``line``; if that is wrong, all that was ``printed``."""
         try:
             if b"\n" in line:
                 raise ValueError("more than one line")
@@ -280,7 +280,7 @@ class FilterAnswer(CommandAnswer):
     def _wait_for_end(self) -> bool:
         """Wait until the filter has ended; return False if its time is over before.
 
-        While we stop, its time is that of the guard, which ends everything.
+        While we stop, the guard limits the time instead, and ends everything.
         """
         end = time.monotonic() + FILTER_END_LIMIT
         while self._program.wait(END_INTERVAL) is None:
@@ -387,7 +387,7 @@ def environment_for(request: Frames, socket: Socket) -> dict[str, str]:
 
 
 def without_client(environment: dict[str, str]) -> dict[str, str]:
-    """Return ``environment`` without the client of another server that has started us."""
+    """Return ``environment`` without what an outer zmqmsg server has set for us."""
     return {
         name: value
         for name, value in environment.items()

@@ -10,7 +10,7 @@ from zmqmsg.keyfiles import KeyFileError, load_public_key
 from zmqmsg.notices import Notify, notify
 from zmqmsg.system import SHORTAGES
 
-SCAN_SHARE = 5  # a scan is due after SCAN_SHARE x the duration of the last one
+REST_FACTOR = 5  # after a scan, rest for this many times as long as it took
 SETTLE_TIME = 1.0  # seconds without a change after which keys are no longer being changed
 
 Fingerprint = tuple[int, ...]
@@ -103,7 +103,7 @@ class ClientKeys:
                     file.public: path for path, file in files.items() if file.public
                 }
         ended_at = time.monotonic()
-        self._next_scan_at = ended_at + SCAN_SHARE * (ended_at - began_at)
+        self._next_scan_at = ended_at + REST_FACTOR * (ended_at - began_at)
 
     def _list(self) -> list[str]:
         """Return the paths of all files; raise OSError if what the user gave has gone."""

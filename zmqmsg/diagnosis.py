@@ -1,4 +1,4 @@
-"""What stands in the way at an endpoint: go there with a plain socket, and say where that ends.
+"""What stands in the way at an endpoint: try it with a plain socket, and report how far that gets.
 
 Everything here is asked of the peer or of the system; nothing is deduced from what libzmq reports.
 Does not import zmq. ZMTP, the protocol, is described at https://rfc.zeromq.org/spec/23 (3.0),
@@ -94,7 +94,7 @@ class Stream:
 def diagnose(endpoint: str, expected: Expected) -> Iterator[Finding]:
     """Yield where the way to a peer at ``endpoint`` stands, step by step; the last one is final.
 
-    Each step takes ``STEP_LIMIT`` seconds at most; to resolve a name has no limit.
+    Each step takes ``STEP_LIMIT`` seconds at most, but resolving a name has no limit.
     """
     # Resolve
     if is_named(endpoint):
@@ -219,7 +219,7 @@ def shake_hands(stream: Stream, expected: Expected) -> Iterator[Finding]:
     mechanism = received[MECHANISM_AT:MECHANISM_END].rstrip(b"\0").decode(errors="backslashreplace")
     ours = "CURVE" if expected.curve else "NULL"
     if mechanism != ours:
-        # Otherwise a server that reports such clients could only say that one has hung up.
+        # So that the server can report a client with another mechanism, not one that hangs up.
         with suppress(OSError):
             send_mechanism(stream, ours)
             stream.read_at_least(GREETING_SIZE + 1, HANG_UP_LIMIT)

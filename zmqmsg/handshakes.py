@@ -16,7 +16,7 @@ from zmqmsg.sockets import HANDSHAKE_LIMIT_MS, Socket, open_monitor
 from zmqmsg.system import start_thread
 
 LOOK_INTERVAL_MS = 500  # between looks at the notices that are due
-HANDSHAKE_TIME = HANDSHAKE_LIMIT_MS / 1000 + 1  # seconds after which no handshake goes on
+HANDSHAKE_TIME = HANDSHAKE_LIMIT_MS / 1000 + 1  # seconds in which every handshake has ended
 
 ACCEPTED = int(zmq.EVENT_ACCEPTED)
 SUCCEEDED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
@@ -63,9 +63,9 @@ class Connection(NamedTuple):
 class HandshakeWatch:
     """Infers from the events of a bound socket which client's handshake has failed.
 
-    libzmq says whose an event is, by a descriptor, only for ACCEPTED and DISCONNECTED. A failed
-    handshake is that of the connection that ends next. One that succeeded may be that of any open
-    connection; so none of them is accused any more.
+    Only for ACCEPTED and DISCONNECTED does libzmq say which connection, by its descriptor. A failed
+    handshake belongs to the connection that ends next. A successful one cannot be assigned to any
+    connection, so all of them are cleared of suspicion.
     """
 
     def __init__(self, notices: ClientNotices, *, requires_keys: bool) -> None:
@@ -87,7 +87,7 @@ class HandshakeWatch:
             self._reason = self._describe(value)
         elif event == BROKEN:
             self._is_broken = True
-        elif event in (SUCCEEDED, REFUSED):  # the ZAP thread tells of those that are refused
+        elif event in (SUCCEEDED, REFUSED):  # the ZAP thread reports those that are refused
             self._suspects.clear()
         elif event == DISCONNECTED:
             self._handle_end(value)

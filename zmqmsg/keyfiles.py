@@ -76,7 +76,7 @@ def load_key_pair(path: str) -> tuple[bytes, bytes]:
 
 
 def load_public_key(path: str, *, fifo: bool = True) -> bytes:
-    """Return the public key in the file at ``path``; raise KeyFileError if it is no public one.
+    """Return the public key in the file at ``path``; raise KeyFileError if it is not a public key.
 
     ``fifo``: whether the file may be a FIFO, which is waited for.
     """
@@ -103,7 +103,7 @@ def public_path(path: str) -> str:
 
 
 def read_key_file(path: str, *, fifo: bool = True) -> Content:
-    """Return what is in the key file at ``path``; raise KeyFileError if it is none."""
+    """Return what is in the key file at ``path``; raise KeyFileError if it is not one."""
     status, data = read_file(path, fifo=fifo)
     if len(data) > SIZE_LIMIT:
         raise KeyFileError(f"{path} is not a CURVE key file: it is too large")

@@ -47,7 +47,7 @@ def looks_like_key(text: str) -> bool:
 def is_key_for_path(path: str) -> bool:
     """Return whether ``path``, which should be that of a key file, is likely a key itself.
 
-    It is none if there is such a file. In a directory that exists, only the name counts.
+    A path that exists is never a key. If its directory exists, only the file name is judged.
     """
     if os.path.exists(path):
         return False

@@ -12,7 +12,7 @@ from zmqmsg.diagnosis import Finding
 from zmqmsg.notices import Failure
 from zmqmsg.sockets import Socket, connect, open_monitor
 
-RETRY_DELAY = 0.1  # seconds in which libzmq says that it would connect again, if the peer hung up
+RETRY_DELAY = 0.1  # seconds; by then, libzmq has reported CONNECT_RETRIED if the peer hung up
 
 POLLIN = int(zmq.POLLIN)  # arithmetic with the enum itself is slow
 

@@ -58,7 +58,7 @@ def find_addresses(endpoint: str, stop: Stop) -> list[str]:
     scope = host.partition("%")[2]
     if scope and not is_interface(scope):
         raise Failure(f"cannot bind {endpoint}: this machine has no network interface '{scope}'")
-    # A name server knows no wildcard: port 0 means the same.
+    # getaddrinfo() accepts no wildcard as a port; 0 means the same.
     name = endpoint if port != "*" else endpoint.removesuffix("*") + "0"
     resolver = Background(resolve_to_endpoints(name))
     while not resolver.is_over():

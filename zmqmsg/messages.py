@@ -17,7 +17,7 @@ class Form(NamedTuple):
     """How messages look as bytes: as they are, or as quoted lines."""
 
     separator: bytes  # ends each message that is read
-    terminator: bytes  # is written after each frame
+    terminator: bytes  # follows each frame that is written: the separator, or nothing with --raw
     quoted: bool
     cr_lf: bool  # whether a CR before the separator is not part of the message
 
@@ -48,7 +48,7 @@ class Form(NamedTuple):
     def decode_argument(self, argument: str, option: str = "") -> list[bytes]:
         """Return the frames of a message on the command line; raise UsageError for a bad one.
 
-        ``option``: whose value it is, if it is none of the messages to send.
+        ``option``: the option whose value it is; empty for a MESSAGE.
         """
         try:
             return self.decode(os.fsencode(argument))

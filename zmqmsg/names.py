@@ -8,7 +8,7 @@ from typing import Any
 
 from zmqmsg.system import UNIX_FAMILY
 
-Address = tuple[int, Any]  # family and address of a socket, as Python's socket module has them
+Address = tuple[int, Any]  # family and address, in the form that the socket module uses
 
 
 def split_endpoint(endpoint: str) -> tuple[str, str]:

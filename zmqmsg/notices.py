@@ -39,7 +39,7 @@ class StandardError(io.TextIOBase):
 
     def __init__(self) -> None:
         self._line_begun = False
-        self._writing_since = math.inf  # when the main thread began to write, if it has not ended
+        self._writing_since = math.inf  # when the main thread began to write; infinity: it does not
 
     def isatty(self) -> bool:
         """Return whether standard error is a terminal."""

@@ -63,7 +63,7 @@ def strings_of(value: Any) -> tuple[str, ...]:
 def shows_key(text: str, value: str) -> bool:
     """Return whether ``text`` shows a ``value`` that may be a key.
 
-    An address has some of a key's characters, and is none.
+    An address may consist of a key's characters, but is not a key.
     """
     is_shown = value in text or repr(value)[1:-1] in text
     is_address = "://" in value or re.search(r":\d{1,5}\s*$", value)

@@ -1,4 +1,4 @@
-"""Standard output, for messages only, and writing without gaps to any stream."""
+"""Standard output, for messages only, and complete writes to any unbuffered stream."""
 
 import errno
 import math
@@ -13,7 +13,7 @@ from zmqmsg.notices import STALL_DELAY, Failure, unbuffered
 from zmqmsg.quoting import escape, quote
 from zmqmsg.system import CAN_POLL_OUTPUT, READER_GONE, watch_for_errors, write_parts
 
-LARGE_FRAME = 65536  # bytes from which on a frame is not copied to be written with its end
+LARGE_FRAME = 65536  # bytes; a frame of this size is not copied just to append its end
 RETRY_INTERVAL = 0.01  # seconds between attempts at a non-blocking stream that is not ready
 
 

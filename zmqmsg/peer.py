@@ -32,9 +32,9 @@ RESOLVE_INTERVAL = 1.0  # after a name could not be resolved, until it is tried 
 # there is one per interval. A request that is sent into a connection which ended since the last
 # look counts as one that was sent.
 UPDATE_INTERVAL = 0.001
-SETTLE_DELAY = 0.5  # that a transient state has to last before the user is told of it
-# After which a peer that has not greeted is likely to be no ZeroMQ, or hung. If all is said in one
-# last line, it should be in that line.
+SETTLE_DELAY = 0.5  # how long a passing state must last before it is reported
+# How long a peer may take to greet. After that, it is probably hung, or not a ZeroMQ peer. The
+# short time is for commands that say everything in one last line, which should say this, too.
 GREETING_DELAY, BRIEF_GREETING_DELAY = 5.0, 0.2
 MIN_PAUSE, MAX_PAUSE = 0.002, 0.3  # between updates while the peer is not ready
 MAX_WAIT = 1.0  # of a poll
@@ -46,8 +46,8 @@ UNFINISHED = Finding(
 )
 
 T = TypeVar("T")
-# A generator that does what can be done now, yields when it has to wait, and goes on when it is
-# resumed. What was read before a yield, such as the time, may be out of date after it.
+# A coroutine: it does what can be done now, and yields when it has to wait; next() resumes it. What
+# was read before a yield, such as the time, may be out of date after it.
 Steps = Generator[None, None, T]
 
 

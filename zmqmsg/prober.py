@@ -21,7 +21,7 @@ class Prober:
         any probe counts. A final finding counts at once.
         """
         self.finding: Finding | None = None  # the last one that counts
-        self._old_peer_probed_at = -math.inf  # when the probe began that found an old peer
+        self._old_peer_probed_at = -math.inf  # when the last probe that found an old peer began
         self._diagnose = diagnose
         self._patience = patience
         self._next_probe_at = time.monotonic() + patience

@@ -74,7 +74,7 @@ class Program:
         return chunk
 
     def wait(self, seconds: float | None = None) -> int | None:
-        """Return the exit status, negative for a signal; None if that takes over ``seconds``."""
+        """Return the exit status, negative for a signal, or None after ``seconds``."""
         from subprocess import TimeoutExpired
 
         with suppress(TimeoutExpired):

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 EXCERPT_LENGTH = 40  # characters of a message that a notice shows
-MAX_UTF8_BYTES = 4  # of a character
+MAX_UTF8_BYTES = 4  # in a character
 
 # A terminal obeys the control characters C0 (below 0x20), DEL and C1 (0x7f to 0x9f).
 _CONTROLS = [*range(0x20), *range(0x7F, 0xA0)]
 # Unicode's bidirectional controls reorder what a person reads.
 _BIDIRECTIONAL = [0x61C, 0x200E, 0x200F, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-# Bytes from 0x80 on that are not valid UTF-8 are decoded to surrogates from here on.
+# Python decodes a byte that is not valid UTF-8 to the surrogate with this number plus the byte's.
 _SURROGATES = 0xDC00
 
 

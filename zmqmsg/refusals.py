@@ -31,7 +31,7 @@ class ClientNotices:
         self._notify = notify
         self._lock = Lock()  # held for all that follows
         self._given: dict[str, float] = {}  # notices, and when they were given
-        self._accounted_for: dict[str, float] = {}  # addresses served or told of, and when
+        self._accounted_for: dict[str, float] = {}  # addresses served or reported, and when
         self._hung_up: dict[str, HungUp] = {}  # by address
         self._unknown_served_at = -math.inf  # when a client without an address was served
 
@@ -42,9 +42,9 @@ class ClientNotices:
             self._give(notice)
 
     def report_hanging_up(self, address: str, accepted_at: float) -> None:
-        """Tell of a client that hung up during the handshake, unless more is known of it soon.
+        """Report a client that hung up during the handshake, unless it is served or reported soon.
 
-        It may have checked why it has to wait, as ``zmqmsg send`` does.
+        It may be a ``zmqmsg send`` that looked why it has to wait.
         """
         with self._lock:
             self._hung_up.setdefault(address, HungUp(accepted_at, time.monotonic()))
@@ -68,7 +68,7 @@ class ClientNotices:
             self._given.pop(notice, None)
 
     def give_due(self) -> None:
-        """Tell of the clients that hung up and did not come back."""
+        """Report the clients that hung up and did not come back."""
         now = time.monotonic()
         with self._lock:
             for address, client in tuple(self._hung_up.items()):
@@ -79,7 +79,7 @@ class ClientNotices:
 
     def _account_for(self, address: str) -> None:
         if len(self._accounted_for) >= ADDRESS_LIMIT:
-            self._accounted_for.clear()  # at worst, somebody is told of once more
+            self._accounted_for.clear()  # at worst, a client is reported once more
         self._accounted_for[address] = time.monotonic()
 
     def _is_accounted_for(self, address: str, client: HungUp) -> bool:

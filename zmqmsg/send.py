@@ -21,8 +21,8 @@ from zmqmsg.sockets import open_socket, receive, send, share_context
 from zmqmsg.source import Source
 from zmqmsg.system import raise_descriptor_limit, yield_processor
 
-# Looks for a reply before going to sleep, which takes longer than a fast reply: they save 40 % of a
-# round trip.
+# How often to look for a reply before going to sleep. To sleep takes longer than a fast reply: this
+# saves 40 % of a round trip.
 SPINS = 50
 # Seconds; with such a timeout, the final error comes soon enough without notices of waiting.
 BRIEF_TIMEOUT = 5.0

@@ -239,7 +239,7 @@ class Server:
         return self._guard.stop.has_lasted(ANSWER_LIMIT)
 
     def _serve(self, request: Frames, socket: Socket) -> None:
-        """Answer one request, print it, and tell of it."""
+        """Answer one request, print it, and report it."""
         # monotonic() has steps of 15 ms on Windows.
         started = time.perf_counter() if self._verbose else 0.0
         reply = self._answer.reply_to(request, socket)

@@ -141,7 +141,7 @@ def bind(socket: Socket, endpoint: str) -> str:
 
 
 def _attach(method: Callable[[Any], object], socket: Socket, endpoint: str) -> str:
-    socket.ipv6 = "[" in endpoint  # with it, libzmq tries localhost as ::1 alone
+    socket.ipv6 = "[" in endpoint  # not always: libzmq would then try localhost as ::1 alone
     try:
         method(as_typed(endpoint))
     except TypeError:  # pyzmq cannot describe a path in bytes whose directory is missing

@@ -16,7 +16,7 @@ from zmqmsg.output import RETRY_INTERVAL
 from zmqmsg.system import END_OF_INPUT, TERMINAL_LINE_LIMIT
 
 CHUNK = 65536  # bytes that are read at a time
-LONG_INPUT = 65536  # bytes of redirected standard input from which on there is a progress bar
+LONG_INPUT = 65536  # bytes of redirected standard input for which there is a progress bar
 
 UTF_16 = "a byte order mark of UTF-16"
 BYTE_ORDER_MARKS = {
@@ -28,7 +28,7 @@ BYTE_ORDER_MARKS = {
 # Layout of the progress bar, in columns
 BAR_WIDTH = 36
 AROUND_BAR = 12
-WIDTH_FOR_TIME = 60  # of the terminal from which on the bar shows the time that is left
+WIDTH_FOR_TIME = 60  # of a terminal that has room for the time that is left
 DEFAULT_COLUMNS = 80  # of a terminal that does not know its width
 
 
@@ -122,7 +122,7 @@ def warn_of_byte_order_mark(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def split_lines(chunks: Iterable[bytes], form: Form) -> Iterator[bytes]:
-    """Yield what stands before each separator, and after the last one if there is anything."""
+    """Yield each line without its separator, including a last one that has none."""
     parts: list[bytes] = []  # of a line that is not complete yet
     for chunk in chunks:
         *complete, tail = chunk.split(form.separator)

@@ -9,7 +9,7 @@ from zmqmsg.notices import REPEAT_INTERVAL, Notify
 
 
 class Given(NamedTuple):
-    """When a notice was given, and how often it was left out since then."""
+    """When a notice was given, and how many repetitions were left out since."""
 
     at: float
     left_out: int
@@ -49,7 +49,7 @@ class StallNotices:
             self.withdraw(text)
 
     def withdraw(self, text: str) -> None:
-        """Do not give a notice that is expected."""
+        """Take back a notice that was expected."""
         with self._lock:
             self._due.pop(text, None)
 

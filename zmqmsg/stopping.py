@@ -144,7 +144,7 @@ class Guard:
 
     @contextmanager
     def naming_loss(self, loss: str) -> Iterator[None]:
-        """Have ``loss`` told if the process must end within this context of the main thread."""
+        """Report ``loss`` if the process must end within this context of the main thread."""
         self._loss = loss
         try:
             yield
@@ -191,7 +191,7 @@ class Guard:
         self.stop.request()
 
     def _check_output(self) -> None:
-        """Tell of a standard output that is not read; do not wait for it while stopping."""
+        """Report a standard output that is not read; while stopping, end the process instead."""
         is_stalled = self._output is not None and self._output.is_stalled()
         if is_stalled and self.stop.is_requested:
             self.notices.notify(f"{UNREAD}; 1 request was answered, but not printed", "red")
