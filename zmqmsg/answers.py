@@ -1,15 +1,13 @@
 """How ``serve`` gets its replies: echo, fixed text, a command per request, or one filter."""
 
-import os
 import time
 from contextlib import suppress
 from typing import NamedTuple, Self
 
 import click
-import zmq
 
+from zmqmsg.clients import environment_for, environment_for_all
 from zmqmsg.messages import Form, Frames
-from zmqmsg.names import plain_address
 from zmqmsg.notices import NOTICE_DELAY, Failure, notify
 from zmqmsg.programs import TOO_LONG, Program, describe_status
 from zmqmsg.quoting import abridge, quote, unquote
@@ -255,8 +253,7 @@ class FilterAnswer(CommandAnswer):
 
     def __enter__(self) -> Self:
         """Start the command."""
-        environment = without_client(dict(os.environ))
-        self._program = self._start(environment, "the filter could not be started")
+        self._program = self._start(environment_for_all(), "the filter could not be started")
         return self
 
     def __exit__(self, error_type: type[BaseException] | None, *_error: object) -> None:
@@ -343,53 +340,3 @@ class FilterAnswer(CommandAnswer):
         if self._was_stopped_with_us(status):
             return Unanswered("the filter was stopped, too")
         return Failure(f"the filter {describe_status(status)}, so there can be no more replies")
-
-
-# Who asks
-
-
-def client_address(request: Frames) -> str:
-    """Return the address of the client that sent ``request``.
-
-    It is empty if libzmq keeps none, as for ZMTP 1 and 2.
-    """
-    try:
-        address = str(request[0].get("Peer-Address"))
-    except zmq.ZMQError:
-        return ""
-    if address.startswith("localhost:"):  # ipc: user, group and process
-        return f"process {address.rpartition(':')[2]}"
-    return plain_address(address)
-
-
-def client_key_name(request: Frames, socket: Socket) -> str:
-    """Return the name of the client's key file; empty if ``socket`` does not check keys."""
-    if not socket.zap_domain:  # then the client could choose its user id itself
-        return ""
-    try:
-        return str(request[0].get("User-Id"))
-    except zmq.ZMQError:
-        return ""
-
-
-def environment_for(request: Frames, socket: Socket) -> dict[str, str]:
-    """Return the environment of a command that answers ``request``, with who sent it.
-
-    Nothing in it is chosen by the client: the address is the system's, and the name is that of a
-    file of ours.
-    """
-    environment = without_client(dict(os.environ))
-    if address := client_address(request):
-        environment["ZMQMSG_PEER"] = address
-    if key_name := client_key_name(request, socket):
-        environment["ZMQMSG_PEER_KEY"] = key_name
-    return environment
-
-
-def without_client(environment: dict[str, str]) -> dict[str, str]:
-    """Return ``environment`` without what an outer zmqmsg server has set for us."""
-    return {
-        name: value
-        for name, value in environment.items()
-        if name not in ("ZMQMSG_PEER", "ZMQMSG_PEER_KEY")
-    }

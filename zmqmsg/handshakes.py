@@ -3,27 +3,30 @@
 The client itself is told by ``zmqmsg send``; this is for whoever runs the server.
 """
 
-import struct
 import time
 from contextlib import suppress
 from typing import NamedTuple
 
 import zmq
 
+from zmqmsg.monitors import (
+    ACCEPTED,
+    CUT_SHORT,
+    DISCONNECTED,
+    HANDSHAKE_DONE,
+    PROTOCOL_BROKEN,
+    REFUSED,
+    Event,
+    open_monitor,
+    read_event,
+)
 from zmqmsg.names import plain_address
 from zmqmsg.refusals import UNIX_CLIENT, ClientNotices, not_through
-from zmqmsg.sockets import HANDSHAKE_LIMIT_MS, Socket, open_monitor
+from zmqmsg.sockets import HANDSHAKE_LIMIT_MS, Socket
 from zmqmsg.system import start_thread
 
 LOOK_INTERVAL_MS = 500  # between looks at the notices that are due
 HANDSHAKE_TIME = HANDSHAKE_LIMIT_MS / 1000 + 1  # seconds in which every handshake has ended
-
-ACCEPTED = int(zmq.EVENT_ACCEPTED)
-SUCCEEDED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-BROKEN = int(zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL)
-WRONG = int(zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL)
-DISCONNECTED = int(zmq.EVENT_DISCONNECTED)
 
 OTHER_MECHANISM = int(zmq.PROTOCOL_ERROR_ZMTP_MECHANISM_MISMATCH)
 OTHER_SERVER_KEY = int(zmq.PROTOCOL_ERROR_ZMTP_CRYPTOGRAPHIC)
@@ -36,7 +39,8 @@ def watch_handshakes(socket: Socket, notices: ClientNotices) -> None:
     """
     # A thread reads the monitor, even while the server waits for a command: one that nobody reads
     # would stop the server.
-    events = ACCEPTED | SUCCEEDED | REFUSED | BROKEN | WRONG | DISCONNECTED
+    failed = REFUSED | PROTOCOL_BROKEN | CUT_SHORT
+    events = ACCEPTED | HANDSHAKE_DONE | failed | DISCONNECTED
     monitor = open_monitor(socket, "inproc://zmqmsg.listener", events)
     watch = HandshakeWatch(notices, requires_keys=socket.mechanism == zmq.CURVE)
     start_thread(lambda: read_monitor(monitor, watch))
@@ -47,9 +51,7 @@ def read_monitor(monitor: Socket, watch: "HandshakeWatch") -> None:
     with monitor, suppress(zmq.ContextTerminated):
         while True:
             if monitor.poll(LOOK_INTERVAL_MS):
-                header, endpoint = monitor.recv_multipart()
-                event, value = struct.unpack("=HI", header)
-                watch.handle_event(event, value, endpoint.decode(errors="backslashreplace"))
+                watch.handle(read_event(monitor))
             watch.notices.give_due()
 
 
@@ -75,28 +77,29 @@ class HandshakeWatch:
         self._suspects: set[int] = set()  # those whose handshakes have not succeeded
         # libzmq reports these just before the end of the connection that they belong to:
         self._reason = ""  # why its handshake has failed
-        self._is_broken = False  # whether its client hung up during the handshake
+        self._is_cut_short = False  # whether its client hung up during the handshake
 
-    def handle_event(self, event: int, value: int, endpoint: str) -> None:
-        """Note an event at the bound ``endpoint``; tell of a client if its connection ends."""
-        if event == ACCEPTED:
-            address = peer_address(value) or local_address(endpoint)
-            self._connections[value] = Connection(address, time.monotonic())
-            self._suspects.add(value)
-        elif event == WRONG:
-            self._reason = self._describe(value)
-        elif event == BROKEN:
-            self._is_broken = True
-        elif event in (SUCCEEDED, REFUSED):  # the ZAP thread reports those that are refused
+    def handle(self, event: Event) -> None:
+        """Note an event of the bound socket; report a client if its connection ends."""
+        if event.kind == ACCEPTED:
+            descriptor = event.value
+            address = peer_address(descriptor) or local_address(event.endpoint)
+            self._connections[descriptor] = Connection(address, time.monotonic())
+            self._suspects.add(descriptor)
+        elif event.kind == PROTOCOL_BROKEN:
+            self._reason = self._describe(event.value)
+        elif event.kind == CUT_SHORT:
+            self._is_cut_short = True
+        elif event.kind in (HANDSHAKE_DONE, REFUSED):  # the ZAP thread reports who is refused
             self._suspects.clear()
-        elif event == DISCONNECTED:
-            self._handle_end(value)
+        elif event.kind == DISCONNECTED:
+            self._handle_end(event.value)
 
     def _handle_end(self, descriptor: int) -> None:
         connection = self._connections.pop(descriptor, None)
         if connection:
             # A socket of the wrong type often ends without any other event.
-            hung_up = self._is_broken or descriptor in self._suspects
+            hung_up = self._is_cut_short or descriptor in self._suspects
             # libzmq says of ZMTP 1 and 2 only that a handshake has failed, when all is over.
             is_past = time.monotonic() >= connection.accepted_at + HANDSHAKE_TIME
             if self._reason:
@@ -106,7 +109,7 @@ class HandshakeWatch:
                 self.notices.report_hanging_up(connection.address, connection.accepted_at)
         self._suspects.discard(descriptor)
         self._reason = ""
-        self._is_broken = False
+        self._is_cut_short = False
 
     def _describe(self, error: int) -> str:
         """Return in words what is wrong with a handshake, by libzmq's number."""

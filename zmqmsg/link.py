@@ -1,7 +1,6 @@
 """One connection: a socket that connects once, and what libzmq reports of that."""
 
 import math
-import struct
 import time
 from itertools import count
 from typing import cast
@@ -9,22 +8,27 @@ from typing import cast
 import zmq
 
 from zmqmsg.diagnosis import Finding
+from zmqmsg.monitors import (
+    CLOSED,
+    CONNECT_RETRIED,
+    CONNECTED,
+    CUT_SHORT,
+    DISCONNECTED,
+    HANDSHAKE_DONE,
+    PROTOCOL_BROKEN,
+    REFUSED,
+    open_monitor,
+    read_event,
+)
 from zmqmsg.notices import Failure
-from zmqmsg.sockets import Socket, connect, open_monitor
+from zmqmsg.sockets import Socket, connect
 
 RETRY_DELAY = 0.1  # seconds; by then, libzmq has reported CONNECT_RETRIED if the peer hung up
 
 POLLIN = int(zmq.POLLIN)  # arithmetic with the enum itself is slow
 
-# Events of a socket's monitor
-CONNECTED = int(zmq.EVENT_CONNECTED)
-HANDSHAKE_DONE = int(zmq.EVENT_HANDSHAKE_SUCCEEDED)
-REFUSED = int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
-HANDSHAKE_FAILED = REFUSED | int(
-    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-)
-CONNECT_RETRIED = int(zmq.EVENT_CONNECT_RETRIED)
-ENDED = HANDSHAKE_FAILED | CONNECT_RETRIED | int(zmq.EVENT_DISCONNECTED | zmq.EVENT_CLOSED)
+HANDSHAKE_FAILED = REFUSED | PROTOCOL_BROKEN | CUT_SHORT
+ENDED = HANDSHAKE_FAILED | CONNECT_RETRIED | DISCONNECTED | CLOSED
 
 # Why a handshake failed
 HANDSHAKE_FAILING = Finding("connected, but the ZeroMQ handshake fails")
@@ -98,13 +102,12 @@ class Link:
     def read_events(self) -> None:
         """Collect the events that libzmq has reported; the caller acts upon them."""
         while cast(int, self.monitor.get(zmq.EVENTS)) & POLLIN:
-            # As zmq.utils.monitor does, which takes 40 ms to import, because of asyncio.
-            event, value = struct.unpack("=HI", self.monitor.recv_multipart()[0])
-            self._events |= event
-            if event == CONNECTED:
+            event = read_event(self.monitor)
+            self._events |= event.kind
+            if event.kind == CONNECTED:
                 self.connected_at = time.monotonic()
-            elif event == REFUSED:
-                self._zap_status = value
+            elif event.kind == REFUSED:
+                self._zap_status = event.value
 
     def was_ended_by_us(self) -> bool:
         """Return whether libzmq closed the connection on our side, as it rejected what came.

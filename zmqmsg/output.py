@@ -26,7 +26,7 @@ class Output:
         self._is_readable_text = form.quoted or sys.stdout.isatty()
         self._writing_since = math.inf  # by time.monotonic(); infinity: nothing is being written
         # What poll() watches to see that the reader has gone; empty where it cannot see that.
-        self.descriptors = [self._stream.fileno()] if has_reader(self._stream) else []
+        self.descriptors = [self._stream.fileno()] if can_watch_reader(self._stream) else []
         self._has_error = watch_for_errors(self.descriptors)
 
     def write(self, frames: Frames) -> None:
@@ -62,8 +62,8 @@ class Output:
         return escape(frames[0])
 
 
-def has_reader(stream: Any) -> bool:
-    """Return whether ``stream`` has a reader, whose absence poll() reports: a pipe or a socket."""
+def can_watch_reader(stream: Any) -> bool:
+    """Return whether poll() reports that the reader of ``stream``, a pipe or socket, has gone."""
     if not CAN_POLL_OUTPUT:
         return False
     try:

@@ -9,7 +9,8 @@ from functools import partial
 import zmq
 
 from zmqmsg import DEFAULT_ENDPOINT
-from zmqmsg.answers import Answer, AnswerOptions, Unanswered, client_address, client_key_name
+from zmqmsg.answers import Answer, AnswerOptions, Unanswered
+from zmqmsg.clients import client_address, client_key_name
 from zmqmsg.handshakes import watch_handshakes
 from zmqmsg.keys import CurveKeys, Keys
 from zmqmsg.listener import StopRequested, bound, notify_of_endpoint
@@ -96,7 +97,7 @@ def run(
             survives_shortage=True,
         )
         peers = [stack.enter_context(closing(new_peer(endpoint))) for endpoint in connect]
-        with suppress(StopRequested):  # then run() ends at once
+        with suppress(StopRequested):  # then server.run() finds that it is to stop
             for endpoint in endpoints:
                 real = stack.enter_context(bound(listener, endpoint, guard.stop))
                 notify_of_endpoint(real, checks_clients=bool(keys.client_keys))

@@ -104,22 +104,6 @@ def open_socket(
     return socket
 
 
-def open_monitor(socket: Socket, address: str, events: int) -> Socket:
-    """Return a socket that receives ``events`` of ``socket`` at an inproc ``address``.
-
-    Raises Failure if there are too many sockets.
-    """
-    monitor = new_socket(socket.context, zmq.PAIR)
-    monitor.rcvhwm = 0  # a full monitor would stop libzmq's thread (libzmq issue 3745)
-    try:
-        socket.monitor(address, events)
-    except zmq.ZMQError as error:
-        monitor.close()
-        raise cannot_open(error) from error
-    monitor.connect(address)
-    return monitor
-
-
 def cannot_open(error: zmq.ZMQError) -> Failure:
     """Return the failure to open a socket, with what helps."""
     text = f"cannot open a socket: {zmq.strerror(error.errno or 0)}"

@@ -40,7 +40,7 @@ class Verdict(NamedTuple):
     user_id: str = ""  # what sockets say of the client: the name of its key file
 
 
-REFUSED = Verdict(b"400", b"unknown key")
+UNKNOWN_KEY = Verdict(b"400", b"unknown key")
 COME_AGAIN = Verdict(b"300", b"client keys cannot be read just now")
 
 
@@ -87,7 +87,7 @@ class Admission:
             f"refused a client from {question.address}:"
             f" its public key {question.public.decode()} is not known"
         )
-        if verdict == REFUSED:
+        if verdict == UNKNOWN_KEY:
             self._notices.report(question.address, refusal)
         elif verdict.user_id:
             self._notices.forget(refusal)
@@ -101,10 +101,10 @@ class Admission:
             return Verdict(b"200", b"OK", name)
         if self._keys.has_settled():
             was_scanned_since = self._keys.scanned_at >= question.asked_at
-            return REFUSED if was_scanned_since else None
+            return UNKNOWN_KEY if was_scanned_since else None
         if time.monotonic() < question.asked_at + SETTLE_TIME:
             return None  # the keys are being changed
-        return COME_AGAIN if self._keys.error else REFUSED
+        return COME_AGAIN if self._keys.error else UNKNOWN_KEY
 
 
 def read_question(message: list[bytes]) -> list[Question]:
