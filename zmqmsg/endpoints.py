@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 
 import zmq
 
@@ -89,29 +90,38 @@ def suggest_endpoint(text: str, *, bind: bool) -> str:
 
 def guess_endpoints(text: str) -> Iterator[str]:
     """Yield what ``text`` may mean; the caller drops what is no endpoint."""
-    scheme, separator, rest = text.partition("://")
-    if not separator:  # for example 127.0.0.1:5555, tcp:5555, tcp:/127.0.0.1:5555 or /tmp/a.sock
-        match = re.match("(tcp|ipc):", text, re.IGNORECASE)
-        rest = text[match.end() :] if match else text
-        is_path = rest.startswith("/") and ":" not in rest
-        scheme = "ipc" if is_path or (match and match[1].lower() == "ipc") else "tcp"
-    if scheme.lower() == "ipc":
+    scheme, rest = split_scheme(text)
+    if scheme == "ipc":
         yield f"ipc://{rest}"
-        return
-    if scheme.lower() not in ("tcp", "http", "zmq", "zmtp"):
-        return
-    rest = rest.strip("/")
-    host, _, port = rest.rpartition(":")
+    elif scheme in ("tcp", "http", "zmq", "zmtp"):
+        yield from guess_tcp_endpoints(rest.strip("/"))
+
+
+def split_scheme(text: str) -> tuple[str, str]:
+    """Return the scheme that ``text`` has, or should have, and the rest."""
+    scheme, separator, rest = text.partition("://")
+    if separator:
+        return scheme.lower(), rest
+    if match := re.match("(tcp|ipc):", text, re.IGNORECASE):  # tcp:5555 or tcp:/127.0.0.1:5555
+        return match[1].lower(), text[match.end() :]
+    if text.startswith("/") and ":" not in text:  # /tmp/a.sock
+        return "ipc", text
+    return "tcp", text  # 127.0.0.1:5555 or 5555
+
+
+def guess_tcp_endpoints(text: str) -> Iterator[str]:
+    """Yield what ``text``, a host and a port, may mean."""
+    host, _, port = text.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    if ":" in host and _LINK_LOCAL.match(host) and "%" not in host:
+    if ":" not in host:
+        yield f"tcp://{host}:{port}"
+        with suppress(UnicodeError):
+            yield f"tcp://{host.encode('idna').decode()}:{port}"
+        return
+    if _LINK_LOCAL.match(host) and "%" not in host:
         host += "%eth0"
-    if ":" in host and not _IPV6.match(host):  # for example ::1 without a port
-        return
-    yield f"tcp://[{host}]:{port}" if ":" in host else f"tcp://{host}:{port}"
-    try:
-        yield f"tcp://{host.encode('idna').decode()}:{port}"
-    except UnicodeError:
-        return
+    if _IPV6.match(host):  # ::1 without a port does not get here
+        yield f"tcp://[{host}]:{port}"
 
 
 def looks_like_endpoint(text: str) -> bool:
