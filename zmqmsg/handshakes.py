@@ -106,7 +106,7 @@ class HandshakeWatch:
                 notice = not_through(connection.address, self._reason)
                 self.notices.report(connection.address, notice)
             elif hung_up and not is_past:
-                self.notices.report_hanging_up(connection.address, connection.accepted_at)
+                self.notices.report_unless_explained(connection.address, connection.accepted_at)
         self._suspects.discard(descriptor)
         self._reason = ""
         self._is_cut_short = False

@@ -22,7 +22,9 @@ class HungUp(NamedTuple):
 class ClientNotices:
     """Notices of clients that do not get through: of each once a minute, and not of too many.
 
-    Several threads use it.
+    A client that hung up is reported two seconds later, unless that is explained by then: a client
+    at its address was served or reported, or one whose address is not known was served. Several
+    threads use it.
     """
 
     def __init__(self, notify: Notify) -> None:
@@ -31,23 +33,23 @@ class ClientNotices:
         self._notify = notify
         self._lock = Lock()  # held for all that follows
         self._given: dict[str, float] = {}  # notices, and when they were given
-        self._accounted_for: dict[str, float] = {}  # addresses served or reported, and when
-        self._hung_up: dict[str, HungUp] = {}  # by address
+        self._explained_at: dict[str, float] = {}  # addresses served or reported, and when
+        self._unexplained: dict[str, HungUp] = {}  # by address
         self._unknown_served_at = -math.inf  # when a client without an address was served
 
     def report(self, address: str, notice: str) -> None:
         """Give ``notice``, of a client at ``address``, unless it was given a short time ago."""
         with self._lock:
-            self._account_for(address)
+            self._note_explained(address)
             self._give(notice)
 
-    def report_hanging_up(self, address: str, accepted_at: float) -> None:
+    def report_unless_explained(self, address: str, accepted_at: float) -> None:
         """Report a client that hung up during the handshake, unless it is served or reported soon.
 
         It may be a ``zmqmsg send`` that looked why it has to wait.
         """
         with self._lock:
-            self._hung_up.setdefault(address, HungUp(accepted_at, time.monotonic()))
+            self._unexplained.setdefault(address, HungUp(accepted_at, time.monotonic()))
 
     def note_served(self, address: str) -> None:
         """Do not tell that a client at ``address`` hung up: it gets through.
@@ -58,9 +60,9 @@ class ClientNotices:
             if not address:
                 self._unknown_served_at = time.monotonic()
             elif address.startswith("process "):
-                self._account_for(UNIX_CLIENT)
+                self._note_explained(UNIX_CLIENT)
             else:
-                self._account_for(address)
+                self._note_explained(address)
 
     def forget(self, notice: str) -> None:
         """Let ``notice`` be given again: its client has got through meanwhile."""
@@ -71,24 +73,24 @@ class ClientNotices:
         """Report the clients that hung up and did not come back."""
         now = time.monotonic()
         with self._lock:
-            for address, client in tuple(self._hung_up.items()):
+            for address, client in tuple(self._unexplained.items()):
                 if now >= client.hung_up_at + EXCUSE_TIME:
-                    del self._hung_up[address]
-                    if not self._is_accounted_for(address, client):
+                    del self._unexplained[address]
+                    if not self._is_explained(address, client):
                         self._give(not_through(address, "it hung up during the handshake"))
 
-    def _account_for(self, address: str) -> None:
-        if len(self._accounted_for) >= ADDRESS_LIMIT:
-            self._accounted_for.clear()  # at worst, a client is reported once more
-        self._accounted_for[address] = time.monotonic()
+    def _note_explained(self, address: str) -> None:
+        if len(self._explained_at) >= ADDRESS_LIMIT:
+            self._explained_at.clear()  # at worst, a client is reported once more
+        self._explained_at[address] = time.monotonic()
 
-    def _is_accounted_for(self, address: str, client: HungUp) -> bool:
+    def _is_explained(self, address: str, client: HungUp) -> bool:
         """Return whether more is known of a client that hung up.
 
         One at its address was served or reported, not longer than EXCUSE_TIME before it hung up; or
         one without an address was served since it connected.
         """
-        known_at = self._accounted_for.get(address, -math.inf)
+        known_at = self._explained_at.get(address, -math.inf)
         is_known = known_at >= client.hung_up_at - EXCUSE_TIME
         may_have_been_served = self._unknown_served_at >= client.accepted_at
         return is_known or may_have_been_served
