@@ -76,7 +76,8 @@ def run(
         verbose=verbose,
     )
     with ExitStack() as stack:
-        stack.callback(guard.notices.finish)  # the last of what happens at the end
+        # At the end, sockets are closed, then replies flushed, and then notices.
+        stack.callback(guard.notices.finish)
         stack.callback(flush, context, server, guard)
 
         # Bind and connect
@@ -208,9 +209,9 @@ class Server:
                 sockets = [*listeners, *(peer.link.socket for peer in peers)]
             if self._answer_each(sockets):
                 if stop.is_requested and self._is_late():
-                    return not any(socket.poll(0) for socket in sockets)
+                    return not does_request_come(sockets, within_ms=0)
             elif stop.is_requested:
-                if not zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], last_wait_ms):
+                if not does_request_come(sockets, within_ms=last_wait_ms):
                     return True
             else:
                 self._answer.check()
@@ -283,3 +284,8 @@ class Server:
         """Wait for a request, a signal, the end of our reader, or something to do for a peer."""
         descriptors = self._output.descriptors if self._output else []
         poll(peers, [*sockets, *descriptors, *self._guard.stop.sources], math.inf)
+
+
+def does_request_come(sockets: Sequence[Socket], within_ms: int) -> bool:
+    """Return whether a request waits at any of ``sockets``, or comes ``within_ms``."""
+    return bool(zmq.zmq_poll([(each, zmq.POLLIN) for each in sockets], within_ms))
