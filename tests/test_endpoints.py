@@ -72,6 +72,7 @@ EXAMPLE = "for example tcp://127.0.0.1:5555"
         ("tcp://localhost", "neither tcp", EXAMPLE),
         ("tcp://[::1]", "neither tcp", EXAMPLE),
         ("tcp://host name:5555", "neither tcp", EXAMPLE),
+        ("tcp://127.0.0.1:1,tcp://127.0.0.1:2", "has a comma; repeat the option", EXAMPLE),
         ("tcp://127.0.0.1:-1", "neither tcp", EXAMPLE),
         ("udp://127.0.0.1:5555", "neither tcp", EXAMPLE),
         ("tcp://127.0.0.1:65536", "port above 65535", EXAMPLE),

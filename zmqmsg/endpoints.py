@@ -67,6 +67,8 @@ def find_fault_of_tcp(endpoint: str, *, bind: bool) -> str:
     """Return what is wrong with a tcp endpoint, or nothing."""
     match = _TCP.fullmatch(endpoint)
     if not match:
+        if "," in endpoint:
+            return "has a comma; repeat the option, or put spaces between endpoints in a variable"
         if not endpoint.isascii() and endpoint.startswith("tcp://"):
             return "has characters in its name that ZeroMQ does not accept"
         return "is neither tcp://HOST:PORT (IPv6 in brackets) nor ipc://PATH"
