@@ -54,6 +54,7 @@ class Finding(NamedTuple):
     reason: str  # completes "waiting for ENDPOINT: ..."; empty if nothing is wrong
     hopeless: bool = False  # whether waiting does not help
     old: bool = False  # whether the peer speaks ZMTP 1 or 2, whose handshake libzmq does not report
+    passing: bool = False  # whether it is a state of the link, which soon becomes another one
 
 
 USABLE = Finding("")

@@ -40,15 +40,42 @@ MIN_PAUSE, MAX_PAUSE = 0.002, 0.3  # between updates while the peer is not ready
 MAX_WAIT = 1.0  # of a poll
 
 NO_ANSWER = Finding("no answer yet")
-CONNECTING = Finding("connecting takes long")
+CONNECTING = Finding("connecting takes long", passing=True)
 UNFINISHED = Finding(
-    "the ZeroMQ handshake is not finished yet; the server is slow, or cannot check clients just now"
+    "the ZeroMQ handshake is not finished yet; the server is slow, or cannot check clients just"
+    " now",
+    passing=True,
 )
 
 T = TypeVar("T")
 # A coroutine: it does what can be done now, and yields when it has to wait; next() resumes it. What
 # was read before a yield, such as the time, may be out of date after it.
 Steps = Generator[None, None, T]
+
+
+class WaitNotices:
+    """What the user is told of one wait for a peer.
+
+    The same notice is given once a minute: the reasons of several addresses alternate.
+    """
+
+    def __init__(self, endpoint: str) -> None:
+        self.last = ""  # empty as long as nothing was told
+        self._endpoint = endpoint
+        self._given_at: dict[str, float] = {}
+
+    def give_reason(self, reason: str, now: float) -> None:
+        """Say why the peer is waited for, unless that was the last thing that was said."""
+        notice = f"waiting for {self._endpoint}: {reason}"
+        if notice != self.last:
+            self.give(notice, now)
+
+    def give(self, notice: str, now: float) -> None:
+        """Give ``notice``, unless it was given within the last minute."""
+        if now >= self._given_at.get(notice, -math.inf) + REPEAT_INTERVAL:
+            notify(notice)
+            self._given_at[notice] = now
+            self.last = notice
 
 
 class Peer:
@@ -95,8 +122,7 @@ class Peer:
         self._found_at = time.monotonic()  # when that was found
         self._waiting_since = self._found_at
         self._handshake_finding: Finding | None = None  # how the last handshake failed
-        self._last_notice = ""
-        self._told_at: dict[str, float] = {}  # when each notice was given
+        self._notices = WaitNotices(self.endpoint)
         self._address = self.endpoint  # that is being connected to, with numbers for names
         self._prober = Prober(partial(diagnose, self.endpoint, expected), self._probe_delay)
         self._tries = self._try_addresses(first_try_at)
@@ -131,7 +157,7 @@ class Peer:
         except Failure as failure:
             if not self._survives_shortage:
                 raise
-            self._notify_rarely(f"{failure.message}; trying again", time.monotonic())
+            self._notices.give(f"{failure.message}; trying again", time.monotonic())
             return
         old.close()  # reads the last events, too
         if old.handshake_finding:
@@ -141,21 +167,12 @@ class Peer:
             self._begin_wait(first_try_at=old.connected_at + CONNECT_INTERVAL)
 
     def tell(self, now: float) -> None:
-        """Tell the user of a wait that lasts, and again when the reason is another one.
-
-        Reasons that alternate, as those of several addresses, are told once a minute.
-        """
+        """Tell the user of a wait that lasts, and again when the reason is another one."""
         if self.ready or self._brief or self.finding == NO_ANSWER:
             return
-        if now < self._waiting_since + NOTICE_DELAY:
-            return
-        # A state of the link passes by itself; what a probe or a handshake has found stays.
-        is_transient = self.finding == self._judge_link()
-        if is_transient and now < self._found_at + SETTLE_DELAY:
-            return
-        notice = f"waiting for {self.endpoint}: {self.finding.reason}"
-        if notice != self._last_notice:
-            self._notify_rarely(notice, now)
+        may_pass = self.finding.passing and now < self._found_at + SETTLE_DELAY
+        if now >= self._waiting_since + NOTICE_DELAY and not may_pass:
+            self._notices.give_reason(self.finding.reason, now)
 
     def pause(self, now: float) -> float:
         """Return the seconds until ``update()`` is due without an event.
@@ -170,14 +187,6 @@ class Peer:
     def close(self) -> None:
         """Close the socket."""
         self.link.close()
-
-    def _notify_rarely(self, notice: str, now: float) -> None:
-        """Give ``notice``, unless it was given within the last minute of this wait."""
-        told_at = self._told_at.get(notice, -math.inf)
-        if now >= told_at + REPEAT_INTERVAL:
-            notify(notice)
-            self._told_at[notice] = now
-            self._last_notice = notice
 
     # Until the peer is ready
 
@@ -243,7 +252,7 @@ class Peer:
         return self.link.handshake_done or self._prober.has_found_old_peer_since(connected_at)
 
     def _announce_ready(self, is_first: bool) -> None:
-        if self._verbose or self._last_notice or (self._announce and is_first):
+        if self._verbose or self._notices.last or (self._announce and is_first):
             notify(f"connected to {self.endpoint}")
 
     def _judge(self) -> Finding:
@@ -267,7 +276,7 @@ class Peer:
             return UNFINISHED
         if self._address == self.endpoint:
             return CONNECTING
-        return Finding(f"connecting to {self._address} takes long")
+        return Finding(f"connecting to {self._address} takes long", passing=True)
 
 
 def pause_until(end: float) -> Steps[None]:
