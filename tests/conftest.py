@@ -280,9 +280,12 @@ def send() -> Send:
         }
         if "input" in options:
             del given["stdin"]
-        done: subprocess.CompletedProcess[bytes] = subprocess.run(
-            [*COMMAND, "send", *arguments], **given | options
-        )
+        try:
+            done: subprocess.CompletedProcess[bytes] = subprocess.run(
+                [*COMMAND, "send", *arguments], **given | options
+            )
+        except subprocess.TimeoutExpired as expired:
+            pytest.fail(f"{expired}; it has said {expired.stdout!r} and {expired.stderr!r}")
         return done
 
     return send
