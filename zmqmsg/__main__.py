@@ -19,9 +19,9 @@ def main() -> None:
     end_at_once_by_default()
     occupy_closed_streams()
     status = run_command_line()
-    # Not sys.exit(): before the process ends, Python gives signals their default action again, and
-    # one that comes then would change the status.
-    os._exit(status)
+    from zmqmsg.system import end_process
+
+    end_process(status)
 
 
 def run_command_line() -> int:
