@@ -13,7 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, suppress
+from ipaddress import IPv4Network
 from pathlib import Path
+from random import randrange
 from typing import Any, cast
 from zlib import crc32
 
@@ -189,10 +191,21 @@ class Process:
         self.popen.stdin.write(line + b"\n")
         self.popen.stdin.flush()
 
+    @contextmanager
+    def _killed_after(self, limit: float) -> Iterator[None]:
+        """Kill the process if the context lasts ``limit`` seconds: its pipes then end."""
+        end = threading.Timer(limit, self.popen.kill)
+        end.start()
+        try:
+            yield
+        finally:
+            end.cancel()
+
     def read_line(self) -> bytes:
-        """Return the next line of standard output, without its end."""
+        """Return the next line of standard output, without its end; nothing at the end of all."""
         assert self.popen.stdout
-        return self.popen.stdout.readline().removesuffix(b"\n")
+        with self._killed_after(LIMIT):
+            return self.popen.stdout.readline().removesuffix(b"\n")
 
     def signal(self, number: int) -> None:
         """Send the process a signal. On Windows, what asks it to stop is Ctrl-C."""
@@ -215,11 +228,9 @@ class Process:
         """
         if self.popen.stdin:
             self.popen.stdin.close()
-        end = threading.Timer(limit, self.popen.kill)
-        end.start()
-        output = self.popen.stdout.read() if self.popen.stdout else b""
-        status = self.wait(limit)
-        end.cancel()
+        with self._killed_after(limit):
+            output = self.popen.stdout.read() if self.popen.stdout else b""
+            status = self.wait(limit)
         return status, output, self.notices[:-1]
 
     def close(self) -> None:
@@ -322,21 +333,25 @@ def until(condition: Callable[[], object], explain: Callable[[], object] = str) 
         time.sleep(0.01)
 
 
+LOOPBACK = IPv4Network("127.0.0.0/8")
 _holders: list[socket.socket] = []
 
 
 def free_endpoint() -> str:
     """Return an endpoint where nobody listens, and which is the test's own until it ends.
 
-    A socket that is bound and does not listen keeps its port from whoever asks the system for any.
-    On Linux, sockets with SO_REUSEADDR, such as libzmq's, may still be bound to it.
+    On Linux, a socket that is bound and does not listen keeps the port from whoever asks the system
+    for any; sockets with SO_REUSEADDR, such as libzmq's, may still be bound to it. Windows has no
+    such sockets: there, the address is one of the 16 million of this machine that nobody uses.
+    macOS has neither, so chance may give the port to another process.
     """
+    host = str(LOOPBACK[randrange(2**16, 2**24)]) if sys.platform == "win32" else "127.0.0.1"
     holder = socket.socket()
     if sys.platform == "linux":
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         _holders.append(holder)
-    holder.bind(("127.0.0.1", 0))
-    endpoint = f"tcp://127.0.0.1:{holder.getsockname()[1]}"
+    holder.bind((host, 0))
+    endpoint = f"tcp://{host}:{holder.getsockname()[1]}"
     if sys.platform != "linux":
         holder.close()
     return endpoint

@@ -14,7 +14,17 @@ import zmq.auth
 from zmqmsg.cli import cli
 from zmqmsg.sockets import Context
 
-from conftest import COMMAND, LIMIT, LINUX, POSIX, Serve, ask, free_endpoint, refusal
+from conftest import (
+    COMMAND,
+    LIMIT,
+    LINUX,
+    POSIX,
+    Serve,
+    address,
+    ask,
+    free_endpoint,
+    refusal,
+)
 
 NOT_OURS = "tcp://192.0.2.1:1"  # an address that no machine has, so that nothing can be bound
 
@@ -141,13 +151,14 @@ def test_the_module_and_the_script_are_the_same(command: list[str]) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        f"send -t 0.1 -c {free_endpoint().replace('127.0.0.1', 'localhost')} x",
+        "send -t 0.1 -c tcp://localhost:PORT x",
         "send -t 0.1 -c ipc:///none x",
         f"serve -b {NOT_OURS} --client-keys /none --key /dev/null",
     ],
     ids=["send to a name", "send to a path", "serve with keys"],
 )
 def test_too_few_descriptors_are_told_in_one_line(arguments: str) -> None:
+    arguments = arguments.replace("PORT", str(address(free_endpoint())[1]))
     for limit in range(12, 34, 7):
         script = f'ulimit -n {limit}; exec "$@"'
         done = subprocess.run(

@@ -58,7 +58,7 @@ def connects(*endpoints: str) -> list[str]:
 def exchange(sender: Process) -> list[str]:
     """Send a line and read its reply; return the notices by then."""
     sender.send_line(b"x")
-    assert sender.read_line() == b"x"
+    assert sender.read_line() == b"x", sender.notices
     return sender.notices
 
 
@@ -523,8 +523,9 @@ def test_a_request_whose_server_has_gone_with_it_may_have_been_served(
 
 def test_requests_go_round_robin_among_many_endpoints(serve: Serve, start: Start) -> None:
     count = 40
-    bound = [free_endpoint() for _ in range(count)]
-    serve("--quiet", *(option for endpoint in bound for option in ("--bind", endpoint)))
+    server, _ = serve(*["--bind", "tcp://127.0.0.1:*"] * count)
+    until(lambda: len(server.notices) == count, lambda: server.notices)
+    bound = [notice.rpartition(" ")[2] for notice in server.notices]
     sender = start("send", "--verbose", *connects(*bound))
     until(lambda: sum("connected to" in notice for notice in exchange(sender)) == count)
     for _ in range(2 * count):
