@@ -14,6 +14,8 @@ help: ## Show what there is to make
 
 .venv/dev: .venv/run
 	$(BIN)/pip install --quiet --editable '.[dev]'
+	@# Compile the tests once, and not in each of the processes that run them.
+	$(BIN)/pytest --collect-only > /dev/null
 	@touch $@
 
 demo: .venv/run ## Send three messages from a client to a server, two processes

@@ -55,7 +55,13 @@ LIMIT = 60  # seconds after which something that should have happened will not
 
 # What a user may have set that changes what zmqmsg, Python or a shell does or says.
 FOREIGN = ("LANG", "LC_", "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "ZMQMSG_", "_ZMQMSG_")
-FOREIGN_TO_PYTHON = ("PYTHONIOENCODING", "PYTHONWARNINGS", "PYTHONDEVMODE", "PYTHONOPTIMIZE")
+FOREIGN_TO_PYTHON = (
+    "PYTHONIOENCODING",
+    "PYTHONWARNINGS",
+    "PYTHONDEVMODE",
+    "PYTHONOPTIMIZE",
+    "PYTHONDONTWRITEBYTECODE",
+)
 
 
 # Last, as pytest itself heeds some of the variables.
@@ -73,6 +79,7 @@ def pytest_configure(config: pytest.Config) -> None:
     for name in list(os.environ):
         if name.startswith(FOREIGN) or name in FOREIGN_TO_PYTHON:
             del os.environ[name]
+    sys.dont_write_bytecode = False  # or each process would compile all tests
     os.environ["LC_ALL"] = "en_US.UTF-8" if sys.platform == "darwin" else "C.UTF-8"
     os.environ["TERM"] = "xterm"
     os.environ.setdefault("HOME", tempfile.gettempdir())
