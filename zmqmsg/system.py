@@ -52,15 +52,14 @@ HAS_CONNECTION_TIMEOUT = not WINDOWS
 SHORTAGES = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)
 # Limits of file descriptors to ask for; some versions of macOS accept only the second.
 DESCRIPTOR_LIMITS = (65536, 10240)
+# Seconds to wait for libzmq's threads at the end of the process. They end at once, unless a thread
+# of ours that has a socket hangs, for example in reading the client keys.
+CONTEXT_END_LIMIT = 1.0
 
 # Bits of a file's mode
 OTHERS_MAY_ANYTHING = 0o007
 GROUP_MAY_ANYTHING = 0o070
 GROUP_MAY_WRITE_OR_EXECUTE = 0o030
-
-# Seconds to wait for libzmq's threads at the end of the process. They end at once, unless a thread
-# of ours that has a socket hangs, for example in reading the client keys.
-CONTEXT_END_LIMIT = 1
 
 # The exit status of a process that Ctrl-C or Ctrl-Break has ended on Windows.
 ENDED_BY_CTRL_C = 0xC000013A
