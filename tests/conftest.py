@@ -352,7 +352,7 @@ def free_endpoint() -> str:
     such sockets: there, the address is one of the 16 million of this machine that nobody uses.
     macOS has neither, so chance may give the port to another process.
     """
-    host = str(LOOPBACK[randrange(2**16, 2**24)]) if sys.platform == "win32" else "127.0.0.1"
+    host = str(LOOPBACK[randrange(2**16, 2**24 - 1)]) if sys.platform == "win32" else "127.0.0.1"
     holder = socket.socket()
     if sys.platform == "linux":
         holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -14,17 +14,7 @@ import zmq.auth
 from zmqmsg.cli import cli
 from zmqmsg.sockets import Context
 
-from conftest import (
-    COMMAND,
-    LIMIT,
-    LINUX,
-    POSIX,
-    Serve,
-    address,
-    ask,
-    free_endpoint,
-    refusal,
-)
+from conftest import COMMAND, LIMIT, LINUX, POSIX, Serve, address, ask, free_endpoint, refusal
 
 NOT_OURS = "tcp://192.0.2.1:1"  # an address that no machine has, so that nothing can be bound
 

@@ -523,7 +523,7 @@ def test_a_request_whose_server_has_gone_with_it_may_have_been_served(
 
 def test_requests_go_round_robin_among_many_endpoints(serve: Serve, start: Start) -> None:
     count = 40
-    server, _ = serve(*["--bind", "tcp://127.0.0.1:*"] * count)
+    server, _ = serve("--quiet", *["--bind", "tcp://127.0.0.1:*"] * count)
     until(lambda: len(server.notices) == count, lambda: server.notices)
     bound = [notice.rpartition(" ")[2] for notice in server.notices]
     sender = start("send", "--verbose", *connects(*bound))
